@@ -1,0 +1,488 @@
+"""The `genmed` command: parses, calls the Python API, prints. Heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shlex
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from genmed.errors import GenMedError
+
+if TYPE_CHECKING:
+    from genmed.metrics import Score
+    from genmed.tasks.run import Box, Outcome
+
+RESUME = {
+    "segment": "run the same command again to go on: finished cases are skipped",
+    "train": "run the same command with --resume to go on from the last checkpoint",
+    "bench": "run the same command again to go on from the last checkpoint",
+    "data": "run the same command again to go on where the download stopped",
+}
+INTERRUPTED = 130
+
+
+class _Commands(TyperGroup):
+    """Errors in one line on stderr: exit code 2 for bad input, 130 for Ctrl-C, 1 for a bug."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta["debug"] = "--debug" in args  # it may stand anywhere
+        return super().parse_args(ctx, [arg for arg in args if arg != "--debug"])
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            hint = RESUME.get(ctx.invoked_subcommand or "", "nothing half-written was left behind")
+            _complain(f"interrupted; {hint}", ctx.meta["debug"])
+            raise typer.Exit(INTERRUPTED) from None
+        except GenMedError as error:
+            _complain(str(error), ctx.meta["debug"])
+        except MemoryError:
+            _complain(
+                "out of memory; give a smaller region with --roi, or use a larger machine", ctx.meta["debug"]
+            )
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise
+            _complain(_os_message(error), ctx.meta["debug"])
+        except Exception as error:
+            if hasattr(error, "exit_code") or isinstance(error, typer.Abort):  # typer's own
+                raise
+            report = "please report it, with the traceback that --debug shows"
+            _complain(f"unexpected {type(error).__name__}: {error}; {report}", ctx.meta["debug"])
+            raise typer.Exit(1) from None
+        raise typer.Exit(2)
+
+
+def _complain(message: str, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    typer.echo(f"genmed: {' '.join(message.split())}", err=True)
+
+
+def _os_message(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename else ""
+    advice = (
+        "free some space, then run it again"
+        if error.errno == errno.ENOSPC
+        else "check the path and its rights"
+    )
+    return f"{where}{error.strerror or error}; {advice}"
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+models_app = typer.Typer(no_args_is_help=True, help="List, inspect, pull and push trained models.")
+bench_app = typer.Typer(no_args_is_help=True, help="Redo the published tables, one command each.")
+data_app = typer.Typer(no_args_is_help=True, help="Get public data sets.")
+app.add_typer(models_app, name="models")
+app.add_typer(bench_app, name="bench")
+app.add_typer(data_app, name="data")
+
+PRESETS = "Network size: small, base or large."
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+DataDir = Annotated[
+    Path, typer.Argument(metavar="DIR", help="Data set folder with a dataset.json (MSD or nnU-Net).")
+]
+
+
+def main() -> None:
+    """Entry point of the `genmed` command."""
+    app(prog_name="genmed")
+
+
+def _version(value: bool) -> None:
+    if value:
+        from importlib.metadata import version
+
+        typer.echo(version("genmed"))
+        raise typer.Exit
+
+
+@app.callback()
+def genmed(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Segment medical scans, however degraded, with one diffusion model of P(image, label)."""
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the page and its files.")] = Path("genmed-demo"),
+) -> None:
+    """Segment the hippocampi of a template brain, clean and degraded, and write a page about it."""
+    from genmed.demo import run
+
+    typer.echo(str(run(out)))
+
+
+@app.command()
+def info(
+    path: Annotated[
+        str, typer.Argument(metavar="FILE", help="Scan, label map, DICOM folder, plan.json or model.")
+    ],
+    as_json: Json = False,
+) -> None:
+    """Tell what is in a scan (geometry, values), a plan or a model folder."""
+    from genmed import about, hub
+
+    is_model = path in hub.known() or (Path(path) / hub.SUMS).is_file()
+    facts = hub.info(path) if is_model else about.describe(Path(path))
+    typer.echo(_json(facts) if as_json else about.as_text(facts))
+
+
+@app.command()
+def check(folder: DataDir) -> None:
+    """List everything that is wrong with a data set. Exit code 1 if something must be repaired."""
+    from genmed.data.check import check as find_problems
+    from genmed.data.check import format_problems
+
+    problems = find_problems(folder)
+    typer.echo(format_problems(problems))
+    if any(problem.severity == "error" for problem in problems):
+        raise typer.Exit(1)
+
+
+@app.command()
+def prepare(
+    folder: DataDir,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for fingerprint.json and plan.json; default ./DIR-plan.")
+    ] = None,
+    preset: Annotated[str, typer.Option(help=PRESETS)] = "base",
+    split: Annotated[Path | None, typer.Option(help="Split file: measure its training cases only.")] = None,
+) -> None:
+    """Print the fingerprint of a data set and the plan that follows from it, and store both."""
+    from genmed.data.fingerprint import prepare as measure
+    from genmed.data.split import read_split
+
+    out = out or Path(f"{folder.resolve().name}-plan")
+    cases = read_split(split).train if split else None
+    typer.echo(measure(folder, out, preset=preset, cases=cases))
+    typer.echo(str(out / "plan.json"))
+
+
+@app.command()
+def train(
+    folder: DataDir,
+    out: Annotated[Path, typer.Option(metavar="MODEL_DIR", help="Folder of the model and its checkpoints.")],
+    split: Annotated[
+        Path | None, typer.Option(help="Split file; default: made from the data set, by person.")
+    ] = None,
+    max_minutes: Annotated[
+        float | None, typer.Option(help="Stop after this long, with the model saved.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint in MODEL_DIR.")
+    ] = False,
+    preset: Annotated[str, typer.Option(help=PRESETS)] = "base",
+    spacing: Annotated[
+        float | None, typer.Option(metavar="MM", help="Working spacing; default: median.")
+    ] = None,
+    init: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Start from this model's weights.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Number of training steps; default: the preset's.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 0,
+) -> None:
+    """Train one joint model of images and labels on a data set."""
+    from genmed.train import train as run
+
+    run(
+        folder,
+        out,
+        split=split,
+        max_minutes=max_minutes,
+        resume=resume,
+        preset=preset,
+        spacing=spacing,
+        init=init,
+        steps=steps,
+        seed=seed,
+    )
+
+
+@app.command()
+def segment(
+    source: Annotated[Path, typer.Argument(metavar="INPUT", help="Scan, DICOM folder or folder of cases.")],
+    model: Annotated[str, typer.Option(help="Model name (genmed models list) or folder.")],
+    out: Annotated[Path, typer.Option(help="A .nii.gz file, or a folder.")],
+    mode: Annotated[
+        str, typer.Option(help="auto, conditional, joint, joint-base or restore-then-condition.")
+    ] = "auto",
+    match: Annotated[
+        str, typer.Option(help="How intensities may differ: auto, none, affine, poly, labels or lncc.")
+    ] = "auto",
+    samples: Annotated[int | None, typer.Option(help="Samples to average; they give intervals.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 0,
+    grid: Annotated[
+        str, typer.Option(help="Grid of the label map: input (the scan's own) or model.")
+    ] = "input",
+    roi: Annotated[
+        str | None, typer.Option(metavar="X0,X1,Y0,Y1,Z0,Z1", help="Work only in this world box, mm, RAS+.")
+    ] = None,
+    observed: Annotated[
+        Path | None,
+        typer.Option(metavar="MASK", help="Mask of voxels that may be used, or folder of <case>.nii.gz."),
+    ] = None,
+    slice_thickness: Annotated[
+        float | None, typer.Option(metavar="MM", help="True slice thickness, if not the slice spacing.")
+    ] = None,
+    series: Annotated[str | None, typer.Option(help="DICOM series: description, number or UID.")] = None,
+    probabilities: Annotated[
+        bool,
+        typer.Option("--probabilities", help="Also write <case>.probabilities.nii.gz, one channel a class."),
+    ] = False,
+    preview: Annotated[bool, typer.Option("--preview", help="Also write <case>.preview.png.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Segment a scan, or a folder of scans, on each scan's own grid.
+
+    Also writes volumes and intensities (statistics.json) and how it was done (manifest.json). In a folder,
+    finished cases are skipped, a broken case does not stop the others, and the exit code is then 1.
+    """
+    from genmed.hub import load
+    from genmed.tasks.run import Options, segment_files
+
+    options = Options(
+        mode=mode,
+        match=match,
+        samples=samples,
+        seed=seed,
+        grid=grid,
+        roi_mm=_box(roi),
+        observed=observed,
+        slice_thickness_mm=slice_thickness,
+        series=series,
+        probabilities=probabilities,
+        preview=preview,
+    )
+    outcome = segment_files(load(model), source, out, options, command=_command_line())
+    typer.echo(_json(_segmented(outcome)) if as_json else _segmented_text(outcome))
+    if outcome.failed:
+        total = len(outcome.outputs)
+        typer.echo(f"genmed: {len(outcome.failed)} of {total} cases failed:", err=True)
+        for case, reason in outcome.failed.items():
+            typer.echo(f"  {case}: {reason}", err=True)
+        raise typer.Exit(1)
+
+
+@app.command("eval")
+def evaluate(
+    predictions: Annotated[Path, typer.Argument(help="Folder of label maps ID.nii.gz.")],
+    truth: Annotated[Path, typer.Argument(help="Folder of true label maps ID.nii.gz.")],
+    out: Annotated[Path, typer.Option(help="Table with one row per case and label.")] = Path("metrics.csv"),
+    split: Annotated[
+        Path | None, typer.Option(help="Split file: evaluate the cases of one part only.")
+    ] = None,
+    part: Annotated[str, typer.Option(help="Part of the split: train, tune or report.")] = "report",
+    as_json: Json = False,
+) -> None:
+    """Dice, HD95 and NSD of label maps against the truth."""
+    from genmed import metrics
+    from genmed.data.split import PARTS, read_split
+
+    if part not in PARTS:
+        raise GenMedError(f"--part {part}: unknown; choose one of {', '.join(PARTS)}.")
+    cases = getattr(read_split(split), part) if split else None
+    rows = _averages(metrics.evaluate(predictions, truth, out, cases=cases))
+    if as_json:
+        typer.echo(_json(rows))
+        return
+    lines = [("label", "cases", "Dice (95 % interval)", "HD95 mm", "NSD 1 mm")]
+    for name, row in rows.items():
+        low, high = row["dice_interval"]
+        hd95 = "missed" if row["hd95_mm"] is None else f"{row['hd95_mm']:.2f}"
+        lines.append(
+            (name, str(row["cases"]), f"{row['dice']:.3f} ({low:.3f}–{high:.3f})", hd95, f"{row['nsd']:.3f}")
+        )
+    typer.echo(_columns(lines))
+    typer.echo(str(out))
+
+
+def _averages(scores: list[Score]) -> dict[str, dict[str, Any]]:
+    """Means over cases per label. HD95 is null when a label was missed in some case: it is infinite there."""
+    import numpy as np
+
+    from genmed.metrics import bootstrap_interval
+
+    rows: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys(score.name for score in scores):
+        chosen = [score for score in scores if score.name == name]
+        dice, hd95 = [score.dice for score in chosen], np.mean([score.hd95_mm for score in chosen])
+        rows[name] = {
+            "cases": len(chosen),
+            "dice": float(np.mean(dice)),
+            "dice_interval": bootstrap_interval(dice),
+            "hd95_mm": float(hd95) if np.isfinite(hd95) else None,
+            "nsd": float(np.mean([score.nsd for score in chosen])),
+        }
+    return rows
+
+
+@bench_app.command()
+def hippocampus(
+    data: Annotated[Path, typer.Option(help="The MSD hippocampus set (genmed data fetch hippocampus).")],
+    out: Annotated[Path, typer.Option(help="Folder for tables and checkpoints.")],
+    minutes: Annotated[float, typer.Option(help="Training time for each of the two models.")],
+) -> None:
+    """Train and evaluate GenMed and MONAI's DynUNet alike, and print one table of both."""
+    from genmed.bench import hippocampus as table
+
+    table.run(data, out, minutes=minutes)
+
+
+@models_app.command("list")
+def list_models(as_json: Json = False) -> None:
+    """Bundled and pulled models, with the licence of their weights beside that of the code."""
+    from genmed.hub import list_models as rows
+
+    found = rows()
+    if as_json:
+        typer.echo(_json([asdict(row) for row in found]))
+        return
+    lines = [("model", "labels", "weights licence", "code licence", "MB", "Dice", "from")]
+    for row in found:
+        dice = "–" if row.dice is None else f"{row.dice:.3f}"
+        labels = row.problem or ", ".join(row.labels)
+        lines.append(
+            (
+                row.name,
+                labels,
+                row.weights_licence,
+                row.code_licence,
+                f"{row.megabytes:.1f}",
+                dice,
+                row.origin,
+            )
+        )
+    typer.echo(_columns(lines))
+
+
+@models_app.command("info")
+def model_info(
+    model: Annotated[str, typer.Argument(help="Model name or folder.")],
+    as_json: Json = False,
+) -> None:
+    """A model's card, scores, plan and weights hash."""
+    from genmed import about, hub
+
+    facts = hub.info(model)
+    typer.echo(_json(facts) if as_json else about.as_text(facts))
+
+
+@models_app.command("pull")
+def pull_model(
+    source: Annotated[
+        str, typer.Argument(help="Model folder, folder of models, archive, or an archive's address.")
+    ],
+    name: Annotated[str, typer.Argument(help="What to call the model here.")],
+    sha256: Annotated[str | None, typer.Option(help="SHA-256 of the archive; needed for an address.")] = None,
+) -> None:
+    """Copy a verified model to this user's models, so that --model NAME finds it."""
+    from genmed.hub import pull
+
+    typer.echo(str(pull(source, name, sha256)))
+
+
+@models_app.command("push-dir")
+def push_model(
+    model: Annotated[str, typer.Argument(help="Model name or folder.")],
+    folder: Annotated[Path, typer.Argument(help="Folder that gets a subfolder with the model.")],
+) -> None:
+    """Copy a verified model into a folder, where `genmed models pull` finds it."""
+    from genmed.hub import push_dir
+
+    typer.echo(str(push_dir(model, folder)))
+
+
+@data_app.command("fetch")
+def fetch_data(
+    name: Annotated[str, typer.Argument(help="hippocampus or ct-mr-pair.")],
+    out: Annotated[Path, typer.Option(help="Folder that gets the data set's folder.")],
+) -> None:
+    """Download a public data set, verified by its hash; an interrupted download goes on where it stopped."""
+    from genmed.data.fetch import fetch
+
+    typer.echo(str(fetch(name, out)))
+
+
+# Arguments and output -------------------------------------------------------------------------------------
+
+
+def _box(text: str | None) -> Box | None:
+    """X0,X1,Y0,Y1,Z0,Z1 as three ranges."""
+    if text is None:
+        return None
+    try:
+        x0, x1, y0, y1, z0, z1 = (float(part) for part in text.split(","))
+    except ValueError:
+        raise GenMedError(f"--roi {text!r}: give six numbers of mm, X0,X1,Y0,Y1,Z0,Z1.") from None
+    return (x0, x1), (y0, y1), (z0, z1)
+
+
+def _command_line() -> str:
+    return shlex.join(["genmed", *sys.argv[1:]])
+
+
+def _json(content: Any) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False)
+
+
+def _columns(rows: Sequence[tuple[str, ...]]) -> str:
+    """Rows as text with aligned columns."""
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _segmented(outcome: Outcome) -> dict[str, Any]:
+    cases = outcome.manifest["cases"]
+    return {
+        "cases": {
+            case: {
+                "out": str(path),
+                "skipped": case in outcome.skipped,
+                "structures": outcome.statistics[case],
+                **{key: cases[case][key] for key in ("mode", "match", "residual", "seconds")},
+            }
+            for case, path in outcome.outputs.items()
+            if case not in outcome.failed
+        },
+        "failed": outcome.failed,
+    }
+
+
+def _segmented_text(outcome: Outcome) -> str:
+    lines = []
+    for case, facts in _segmented(outcome)["cases"].items():
+        volumes = ", ".join(f"{name} {row['ml']:.2f} ml" for name, row in facts["structures"].items())
+        residual = "" if facts["residual"] is None else f", residual {facts['residual']:.2f}"
+        how = (
+            "finished before" if facts["skipped"] else f"{facts['mode']}{residual}, {facts['seconds']:.1f} s"
+        )
+        lines.append(f"{case}: {volumes} ({how}) -> {facts['out']}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

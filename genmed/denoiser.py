@@ -1,0 +1,80 @@
+"""The joint model: a denoiser of all fields at once, each (or each voxel) at its own noise level."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from genmed.fields import Fields, image_and_label
+from genmed.nets.unet import UNet
+from genmed.plan import Plan
+
+SMALLEST_SIGMA = 0.01  # what the network is told of a clean voxel: ln σ must stay finite
+SHARPEST_LABEL_SIGMA = 0.2  # caps the label logits that the noisy voxel itself gives
+
+
+class Denoiser(nn.Module):
+    """D(z, σ) = E[z₀ | z₀ + σ n = z], the minimum mean-squared-error estimate of every field.
+
+    Continuous fields use the EDM preconditioning (Karras et al., arXiv 2206.00364, eq. 7) with σ_data = 1.
+    Categorical fields are ±1 channels. Their posterior mean is a softmax whose logits add what the noisy
+    voxel says by itself, log N(z; e_c, σ²) = 2 z_c / σ² + constant, and what the network reads in its
+    surroundings; trained with cross-entropy, the softmax is the exact denoiser.
+
+    Noise at `sigma_max` drowns everything: the network is shown zeros there, so that a hidden field costs
+    no random numbers and one conditional evaluation is deterministic.
+    """
+
+    def __init__(self, fields: Fields, widths: tuple[int, ...], sigma_max: float) -> None:
+        super().__init__()
+        self.fields = fields
+        self.sigma_max = sigma_max
+        levels = len(fields)
+        self.net = UNet(fields.channels + levels, fields.channels, widths, conditions=levels)
+
+    def forward(
+        self, z: Float[Tensor, "b c x y z"], sigma: Float[Tensor, "b f"] | Float[Tensor, "b f x y z"]
+    ) -> Float[Tensor, "b c x y z"]:
+        """Estimate the clean fields.
+
+        Args:
+            z: noisy fields, stacked as `self.fields` says.
+            sigma: standard deviation of the noise, per field, or per field and voxel; 0 means clean.
+        """
+        outputs = self.outputs(z, sigma)
+        for field in self.fields:
+            if field.kind == "categorical":
+                outputs[field.name] = 2 * outputs[field.name].softmax(dim=1) - 1
+        return self.fields.join(outputs)
+
+    def outputs(
+        self,
+        z: Float[Tensor, "b c x y z"],
+        sigma: Float[Tensor, "b f"] | Float[Tensor, "b f x y z"],
+        inside: Float[Tensor, "b 1 x y z"] | None = None,
+    ) -> dict[str, Tensor]:
+        """Estimates of continuous fields and logits of categorical ones, by field name.
+
+        `inside` is 0 where a training patch reaches beyond its scan: the network sees zeros there, as it
+        does in the padding of a whole scan.
+        """
+        sigma_map = sigma if sigma.ndim == 5 else sigma[..., None, None, None]
+        c_in = (sigma_map**2 + 1).rsqrt() * (sigma_map < self.sigma_max)
+        log_sigma = sigma_map.clamp(min=SMALLEST_SIGMA).log() / 4
+        seen = torch.cat([z * self.fields.spread(c_in), log_sigma.expand(-1, -1, *z.shape[2:])], dim=1)
+        raw = self.net(seen if inside is None else seen * inside, log_sigma.amax(dim=(2, 3, 4))).float()
+        result = {}
+        for field in self.fields:
+            channels, index = self.fields.slice(field.name), self.fields.index(field.name)
+            level = sigma_map[:, index : index + 1]
+            if field.kind == "continuous":
+                c_skip, c_out = 1 / (level**2 + 1), level * (level**2 + 1).rsqrt()
+                result[field.name] = c_skip * z[:, channels] + c_out * raw[:, channels]
+            else:
+                own_voxel = 2 * z[:, channels] / level.clamp(min=SHARPEST_LABEL_SIGMA) ** 2
+                result[field.name] = raw[:, channels] + own_voxel
+        return result
+
+
+def build(plan: Plan) -> Denoiser:
+    """The untrained denoiser that a plan describes."""
+    return Denoiser(image_and_label(plan.channels, plan.labels), plan.widths, plan.sigma_max)

@@ -1,0 +1,414 @@
+"""Segment a scan by observing it: the label that agrees with the image, however little of it was seen."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from genmed import match as matches
+from genmed.denoiser import Denoiser
+from genmed.errors import GenMedError
+from genmed.fields import probabilities
+from genmed.guide import Diverged, consistent, guided, retry
+from genmed.hub import Model
+from genmed.observe import Identity, Observation, Resample, masked, voxels
+from genmed.plan import Plan
+from genmed.samplers import noise, schedule, seeded, time_travel
+from genmed.space import Intensity, Space, apply_matrices, resample_matrix
+from genmed.tiles import tiled_logits
+from genmed.volume import Volume, check_image, require_3d, require_same_grid
+
+MODES = ("auto", "conditional", "joint", "joint-base", "restore-then-condition")
+MATCHES: dict[str, matches.Match] = {
+    "none": matches.none,
+    "affine": matches.affine,
+    "poly": matches.poly(3),
+    "labels": matches.labels(),
+    "lncc": matches.lncc(),
+}
+COARSE = 1.5  # voxels this much larger than the working spacing are an observation, not something to interpolate
+LARGEST_EXTENT = 1.6  # field of view that is believed, in units of the largest one seen in training
+SIGMA_Y = 0.05  # noise of an observed voxel, in standard deviations of the image
+STEPS = 16  # noise levels of a guided trajectory
+TRAVELS = 1  # times each level of it is repeated
+SAMPLES = 4  # guided trajectories that are averaged
+CONDITIONAL_STEPS = 4  # noise levels of a label drawn given a complete image
+TILED_ABOVE = 2_000_000  # voxels of the working grid above which the conditional mode goes patch by patch
+
+Progress = Callable[[float], None]
+
+
+class Interval(NamedTuple):
+    """Mean and central 95 % interval over samples."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass
+class Segmentation:
+    """What `segment` found.
+
+    `volume_ml` holds an interval for every structure if there were at least two samples. `residual` is the
+    root mean square of what the model could not explain of the observation, in units of its noise.
+    """
+
+    labels: Volume
+    probabilities: Volume | None
+    volume_ml: dict[str, Interval]
+    residual: float
+    mode: str
+    match: str
+    seconds: float
+    seed: int
+    image: Volume | None
+
+
+def segment(
+    model: Model,
+    scan: Volume,
+    *,
+    mode: str = "auto",
+    match: str = "auto",
+    samples: int | None = None,
+    seed: int = 0,
+    grid: str = "input",
+    observed: Volume | None = None,
+    slice_thickness_mm: float | None = None,
+    roi_mm: Sequence[tuple[float, float]] | None = None,
+    progress: Progress | None = None,
+) -> Segmentation:
+    """Segment one scan.
+
+    Args:
+        mode: `conditional` (clean image, one evaluation, or a few per sample), `joint` (guided sampling of the
+            pair; the paper's GenMed-Full), `joint-base` (only the image is steered), `restore-then-condition`
+            (guided restoration of the image, then its label), or `auto`: conditional for a complete image at
+            about the working spacing, else restore-then-condition.
+        match: how the observed appearance relates to the model's: `none`, `affine`, `poly`, `labels`, `lncc`.
+        samples: how many to draw and average; default 1 (conditional) or 4.
+        grid: result on the scan's own grid (`input`) or the working grid (`model`).
+        observed: mask on the scan's grid; voxels where it is 0 are never looked at.
+        slice_thickness_mm: thickness of what a coarse voxel averages along the slice axis, if less than the spacing.
+        roi_mm: world box ((x0, x1), (y0, y1), (z0, z1)) to which the work is confined.
+        progress: called with the finished share.
+
+    Raises:
+        GenMedError: for input that the model cannot take.
+    """
+    started = time.monotonic()
+    _check_options(mode, match, samples, grid)
+    view = View.of(model.plan, scan, observed, slice_thickness_mm, roi_mm)
+    if mode == "auto":
+        mode = "conditional" if view.complete else "restore-then-condition"
+    if match == "auto":
+        match = "none"
+    count = samples or (1 if mode == "conditional" else SAMPLES)
+    seeds = [seed * 10_007 + number for number in range(count)]
+    with torch.no_grad():
+        if mode == "conditional":
+            soft = conditional(model.denoiser, view.image, seeds if samples else None, model.plan.patch)
+            image, residual = view.image, 0.0
+        else:
+            soft, image, residual = guided_pair(model, view, mode, MATCHES[match], seeds, progress)
+    return _result(
+        model.plan, scan, view, soft, image,
+        grid=grid, residual=residual, mode=mode, match=match, seed=seed, seconds=time.monotonic() - started,
+    )  # fmt: skip
+
+
+def _check_options(mode: str, match: str, samples: int | None, grid: str) -> None:
+    for value, known, name in (
+        (mode, MODES, "mode"),
+        (match, ("auto", *MATCHES), "match"),
+        (grid, ("input", "model"), "grid"),
+    ):
+        if value not in known:
+            raise GenMedError(f"{name} '{value}' is unknown; choose one of {', '.join(known)}.")
+    if samples is not None and samples < 1:
+        raise GenMedError(f"samples must be at least 1, not {samples}.")
+
+
+# What was seen --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class View:
+    """A scan as the model sees it.
+
+    `y` holds its normalised voxels on the observation grid: oriented, the scan's own voxels along coarse
+    axes, the working grid's along the others. `image` is their interpolation on the working grid.
+    """
+
+    space: Space
+    intensity: Intensity
+    y: Float[Tensor, "1 c u v w"]
+    seen: Bool[Tensor, "u v w"]
+    matrices: tuple[Tensor, Tensor, Tensor]  # working grid -> observation grid
+    coarse: bool
+
+    @property
+    def complete(self) -> bool:
+        """Every voxel of the working grid was observed, at about its spacing."""
+        return not self.coarse and bool(self.seen.all())
+
+    @property
+    def image(self) -> Float[Tensor, "1 c x y z"]:
+        """The best plain interpolation on the working grid (hidden voxels: from the nearest seen ones)."""
+        filled = _fill_hidden(self.y, self.seen)
+        return apply_matrices(filled, [_interpolation(m) for m in self.matrices])
+
+    def observation(self, sigma_y: float = SIGMA_Y) -> Observation:
+        if not self.coarse:
+            return Observation("image", self.y, Identity() if self.complete else voxels(self.seen), sigma_y)
+        operator = Resample(self.matrices)
+        return Observation("image", self.y, masked(operator, self.seen), sigma_y)
+
+    @classmethod
+    def of(
+        cls,
+        plan: Plan,
+        scan: Volume,
+        observed: Volume | None = None,
+        slice_thickness_mm: float | None = None,
+        roi_mm: Sequence[tuple[float, float]] | None = None,
+    ) -> View:
+        """Orient, crop and normalise what was observed; everything else is overwritten first."""
+        data, mask = _observed_only(scan, observed)
+        require_3d(scan)
+        if len(data) != len(plan.channels):
+            raise GenMedError(
+                f"{scan.path or 'scan'}: has {len(data)} channel(s), but model '{plan.name}' needs "
+                f"{len(plan.channels)} ({', '.join(plan.channels)}); give one file per channel."
+            )
+        space = Space.fit(scan.grid, plan.spacing_mm, slice_axis_last=plan.thick_slices, roi_mm=roi_mm)
+        _check_extent(plan, space, scan)
+        intensity = Intensity.fit(data, mask)
+        fine, seen = space.orient(intensity.normalise(data) * mask), space.orient(mask[None].astype(np.float32))
+        scale = [m / o for m, o in zip(space.model.shape, space.oriented, strict=True)]
+        coarse_axes = [ratio > COARSE for ratio in scale]
+        shape = [o if c else m for o, m, c in zip(space.oriented, space.model.shape, coarse_axes, strict=True)]
+        to_y = [resample_matrix(o, n) for o, n in zip(space.oriented, shape, strict=True)]
+        weight = apply_matrices(seen, to_y)
+        y = apply_matrices(fine, to_y) / np.maximum(weight, 1e-6)
+        matrices = [
+            slice_profile(m, n, slice_thickness_mm, spacing * m / n)
+            for m, n, spacing in zip(space.model.shape, shape, space.model.spacing_mm, strict=True)
+        ]
+        visible = torch.from_numpy(weight[0] > 0.5)
+        if not bool(visible.any()):
+            raise GenMedError(f"{scan.path or 'scan'}: nothing was observed in the region; check --observed and --roi.")
+        return cls(
+            space, intensity, torch.from_numpy(y).float()[None] * visible, visible,
+            tuple(torch.from_numpy(m).float() for m in matrices), any(coarse_axes),  # type: ignore[arg-type]
+        )  # fmt: skip
+
+
+def _observed_only(scan: Volume, observed: Volume | None) -> tuple[np.ndarray, np.ndarray]:
+    """Voxels with zeros for everything unseen, and the mask."""
+    if observed is None:
+        check_image(scan)
+        return scan.data, np.ones(scan.grid.shape, dtype=bool)
+    require_same_grid(scan, observed)
+    mask = observed.data[0] != 0
+    if not mask.any():
+        raise GenMedError(f"{observed.path or 'observed mask'}: observes nothing; mark seen voxels with 1.")
+    data = np.where(mask, scan.data, np.zeros((), dtype=scan.data.dtype))
+    if not np.isfinite(data).all():
+        raise GenMedError(f"{scan.path or 'scan'}: observed voxels are NaN or infinite; mask them out.")
+    if all(np.ptp(channel[mask]) == 0 for channel in data):
+        raise GenMedError(f"{scan.path or 'scan'}: the observed voxels are constant; check --observed.")
+    return data, mask
+
+
+def _check_extent(plan: Plan, space: Space, scan: Volume) -> None:
+    size = [n * s for n, s in zip(space.model.shape, space.model.spacing_mm, strict=True)]
+    if any(mm > LARGEST_EXTENT * seen for mm, seen in zip(size, plan.extent_mm, strict=True)):
+        covered, trained = (" × ".join(f"{mm:.0f}" for mm in box) for box in (size, plan.extent_mm))
+        raise GenMedError(
+            f"{scan.path or 'scan'}: covers {covered} mm, but model '{plan.name}' was trained on crops of at most "
+            f"{trained} mm; give --roi with a box of that size around the structure."
+        )
+
+
+def slice_profile(n_model: int, n_y: int, thickness_mm: float | None, spacing_mm: float) -> np.ndarray:
+    """Matrix (n_y, n_model): what each observed voxel averages of the working grid along one axis.
+
+    A voxel averages its whole length, or the middle `thickness_mm` of it where slices have gaps between.
+    """
+    share = 1.0 if n_y == n_model or thickness_mm is None else min(1.0, thickness_mm / spacing_mm)
+    ratio = n_model / n_y
+    centres = (np.arange(n_y) + 0.5) * ratio
+    low, high = centres - ratio * share / 2, centres + ratio * share / 2
+    edges = np.arange(n_model)
+    overlap = np.minimum(high[:, None], edges + 1) - np.maximum(low[:, None], edges)
+    overlap = overlap.clip(min=0)
+    return (overlap / overlap.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def _interpolation(matrix: Tensor) -> Tensor:
+    n_y, n_model = matrix.shape
+    return torch.from_numpy(resample_matrix(n_y, n_model)).float()
+
+
+def _fill_hidden(y: Float[Tensor, "1 c u v w"], seen: Bool[Tensor, "u v w"]) -> Float[Tensor, "1 c u v w"]:
+    if bool(seen.all()):
+        return y
+    from scipy.ndimage import distance_transform_edt
+
+    nearest = distance_transform_edt(~seen.numpy(), return_distances=False, return_indices=True)
+    u, v, w = (torch.from_numpy(index).long() for index in nearest)
+    return y[:, :, u, v, w]
+
+
+# Inference ------------------------------------------------------------------------------------------------
+
+
+def conditional(
+    denoiser: Denoiser,
+    image: Float[Tensor, "b c x y z"],
+    seeds: Sequence[int] | None = None,
+    patch: tuple[int, int, int] | None = None,
+) -> Float[Tensor, "s k x y z"]:
+    """Label probabilities given a complete image: one evaluation, or one drawn label per seed.
+
+    Without `seeds`, one evaluation per image (patch by patch for large scans) and b results. With them, b is
+    1 and every seed draws a label in a few evaluations; the result is the last denoised estimate of each.
+    """
+    fields = denoiser.fields
+    classes = len(fields["label"].channels)
+    if seeds is None:
+
+        def hidden_label(part: Tensor) -> Tensor:
+            z = torch.cat([part, part.new_zeros(len(part), classes, *part.shape[2:])], dim=1)
+            sigma = part.new_tensor([[0.0, denoiser.sigma_max]]).expand(len(part), -1)
+            return denoiser.outputs(z, sigma)["label"].softmax(dim=1)
+
+        if patch is not None and image[0, 0].numel() > TILED_ABOVE:
+            return tiled_logits(hidden_label, image, classes, patch)
+        return hidden_label(image)
+    image = image.expand(len(seeds), *image.shape[1:])
+    sigmas = schedule(denoiser.sigma_max, 0.5, CONDITIONAL_STEPS)
+
+    def label_given_image(z_label: Tensor, sigma: float) -> Tensor:
+        levels = z_label.new_tensor([[0.0, sigma]]).expand(len(z_label), -1)
+        return fields.split(denoiser(torch.cat([image, z_label], dim=1), levels))["label"]
+
+    z = denoiser.sigma_max * noise(image.new_zeros(len(seeds), classes, *image.shape[2:]), seeded(seeds))
+    return probabilities(time_travel(label_given_image, z, sigmas, 0, seeded(seeds)))
+
+
+def guided_pair(
+    model: Model, view: View, mode: str, match: matches.Match, seeds: Sequence[int], progress: Progress | None
+) -> tuple[Float[Tensor, "s k x y z"], Float[Tensor, "s c x y z"], float]:
+    """Sample (image, label) pairs that agree with the observation.
+
+    Returns:
+        Label probabilities and image of every sample, and the residual in units of the noise.
+    """
+    denoiser, plan = model.denoiser, model.plan
+    fields, observation = denoiser.fields, view.observation()
+    size = tuple(m.shape[1] for m in view.matrices)
+    sigmas = schedule(plan.sigma_max, plan.sigma_min, STEPS)
+    total = STEPS * (TRAVELS + 1)
+    calls = 0
+
+    def denoise(z: Tensor, sigma: float) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if progress:
+            progress(min(1.0, calls / total))
+        return denoiser(z, z.new_full((len(z), len(fields)), float(sigma)))
+
+    def sample(scale: float) -> Tensor:
+        steered = guided(
+            denoise, fields, [observation], match=match, scale=scale,
+            steer="observed" if mode == "joint-base" else "all",
+        )  # fmt: skip
+        generators = seeded(seeds)
+        z = plan.sigma_max * noise(torch.zeros(len(seeds), fields.channels, *size), generators)
+        return time_travel(steered, z, sigmas, TRAVELS, generators)
+
+    try:
+        z0 = retry(sample)
+    except Diverged as error:
+        raise GenMedError(
+            "the guided sampling diverged at every step size; the scan is too far from what the model has seen. "
+            "Try --match affine or --mode conditional."
+        ) from error
+    z0 = consistent(z0, fields, [observation], match=match)
+    parts = fields.split(z0)
+    residual = _residual(z0, fields, observation, match)
+    if mode == "restore-then-condition":
+        soft = torch.cat([conditional(denoiser, image[None]) for image in parts["image"]])
+    else:
+        soft = probabilities(parts["label"]).clamp(0, 1)
+    return soft, parts["image"], residual
+
+
+def _residual(z0: Tensor, fields: object, observation: Observation, match: matches.Match) -> float:
+    from genmed.guide import misfit
+
+    r = misfit(z0, fields, [observation], match)(z0)  # type: ignore[arg-type]
+    return float((r.square().sum(1) / observation.seen.sum()).sqrt().mean())
+
+
+# The result -----------------------------------------------------------------------------------------------
+
+
+def _result(
+    plan: Plan,
+    scan: Volume,
+    view: View,
+    soft: Float[Tensor, "s k x y z"],
+    image: Float[Tensor, "s c x y z"],
+    *,
+    grid: str,
+    residual: float,
+    mode: str,
+    match: str,
+    seed: int,
+    seconds: float,
+) -> Segmentation:
+    mean = soft.mean(dim=0).numpy() if len(soft) > 1 else soft[0].numpy()
+    names = dict(zip(plan.label_values, plan.labels, strict=True))
+    values = np.asarray(plan.label_values, dtype=np.uint8 if max(plan.label_values) < 256 else np.int32)
+    space = view.space
+    if grid == "input":
+        classes = space.labels_to_input(mean)
+        labels = scan.like(values[classes][None], names)
+        chances = scan.like(space.to_input(mean), {}) if mean[0].size <= TILED_ABOVE else None
+    else:
+        working = Volume(data=np.zeros((1, *space.model.shape), np.uint8), affine=space.model.affine)
+        labels = working.like(values[mean.argmax(axis=0)][None], names)
+        chances = working.like(mean, {})
+    restored = None
+    if mode != "conditional":
+        restored = Volume(
+            data=view.intensity.restore(image.mean(dim=0).numpy()).astype(np.float32), affine=space.model.affine
+        )
+    return Segmentation(
+        labels=labels, probabilities=chances, volume_ml=_volumes(plan, space, soft), residual=residual,
+        mode=mode, match=match, seconds=seconds, seed=seed, image=restored,
+    )  # fmt: skip
+
+
+def _volumes(plan: Plan, space: Space, soft: Float[Tensor, "s k x y z"]) -> dict[str, Interval]:
+    """Volume of every structure over the samples: expected voxels times the size of one."""
+    if len(soft) < 2:
+        return {}
+    voxel_ml = float(np.prod(space.model.spacing_mm)) / 1000
+    volumes = soft.sum(dim=(2, 3, 4)).double() * voxel_ml
+    result = {}
+    for number, name in enumerate(plan.labels[1:], start=1):
+        low, high = np.quantile(volumes[:, number].numpy(), [0.025, 0.975])
+        result[name] = Interval(float(volumes[:, number].mean()), float(low), float(high))
+    return result

@@ -1,0 +1,449 @@
+"""Training: one loop, for the joint model and for the peers that it is compared with.
+
+A step is a function of its number: its patches and its noise are drawn from a generator seeded with
+(seed, step, process). A resumed run therefore repeats exactly what an uninterrupted one does.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float, Int
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from genmed.data.augment import random_patch
+from genmed.data.dataset import Dataset, read_dataset
+from genmed.data.fingerprint import fingerprint
+from genmed.data.fingerprint import plan as plan_from
+from genmed.data.split import Split, person, read_split, three_way, write_split
+from genmed.denoiser import Denoiser, build
+from genmed.errors import GenMedError
+from genmed.hub import Card, load, save_model
+from genmed.loss import Batch, JointLoss
+from genmed.plan import Plan
+from genmed.space import Intensity, Space
+from genmed.volume import check_image, read, read_labels, require_same_grid
+
+Scan = tuple[Float[Tensor, "c x y z"], Int[Tensor, "x y z"]]
+
+CHECKPOINT = "checkpoint.safetensors"
+SAVE_EVERY_MINUTES = 3.0
+WARM_UP_STEPS = 200
+EMA_DECAY = 0.999
+LARGEST_GRADIENT = 1.0
+
+
+# Data -----------------------------------------------------------------------------------------------------
+
+
+def load_scans(dataset: Dataset, plan: Plan, ids: Sequence[str]) -> list[Scan]:
+    """Read cases on the plan's working grid: normalised images and class indices."""
+    return [load_scan(dataset, plan, id) for id in ids]
+
+
+def load_scan(dataset: Dataset, plan: Plan, id: str) -> Scan:
+    """One case on the working grid. Raises `GenMedError` if it has no label or the grids differ."""
+    case = dataset.case(id)
+    if case.label is None:
+        raise GenMedError(f"{dataset.folder}: case '{id}' has no label; leave it out of the training split.")
+    volume, label = read(case.images), read_labels(case.label)
+    check_image(volume)
+    require_same_grid(volume, label)
+    space = Space.fit(volume.grid, plan.spacing_mm, slice_axis_last=plan.thick_slices)
+    image = Intensity.fit(volume.data).normalise(space.to_model(volume.data))
+    classes = space.labels_to_model(label.data[0], plan.label_values)
+    return torch.from_numpy(image).float(), torch.from_numpy(classes).to(torch.uint8)
+
+
+def draw_batch(scans: Sequence[Scan], plan: Plan, step: int, process: int = 0) -> Batch:
+    """The patches of one training step."""
+    seed = ((plan.seed * 1_000_003 + step) * 1_009 + process) % 2**62
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randint(len(scans), (plan.batch,), generator=generator).tolist()
+    patches = [random_patch(*scans[i], plan.patch, generator, plan.thick_slices) for i in chosen]
+    image, label, inside = (torch.stack(parts) for parts in zip(*patches, strict=True))
+    return Batch(image, label.long(), inside, seed)
+
+
+# The loop -------------------------------------------------------------------------------------------------
+
+
+def fit(
+    objective: nn.Module,
+    batch_at: Callable[[int, int], Batch],
+    folder: Path,
+    *,
+    steps: int,
+    learning_rate: float,
+    max_minutes: float | None = None,
+    resume: bool = False,
+    validate: Callable[[nn.Module], dict[str, float]] | None = None,
+    validate_every_minutes: float = 5.0,
+    picture: Callable[[nn.Module], Tensor] | None = None,
+    mixed_precision: str | None = None,
+) -> tuple[nn.Module, float]:
+    """Minimise `objective(batch)["loss"]` over the weights of `objective.model`.
+
+    AdamW, warm-up, cosine decay over the steps or the minutes (whichever is further on), clipped gradients,
+    an exponential moving average of the weights (EDM2, arXiv 2312.02696, section 3.1, is the reason why).
+    The state is saved in `folder` every few minutes and when the run is interrupted.
+
+    Returns:
+        The network with averaged weights and the minutes that the training took in all.
+    """
+    accelerator = Accelerator(mixed_precision=mixed_precision or fastest_precision())
+    average = _Average(objective.model)  # type: ignore[arg-type]
+    optimiser = torch.optim.AdamW(objective.parameters(), lr=learning_rate, betas=(0.9, 0.99))
+    objective.to(accelerator.device)
+    average.model.to(accelerator.device)
+    first, minutes_before = 0, 0.0
+    if resume and (folder / CHECKPOINT).exists():
+        first, minutes_before = load_state(folder / CHECKPOINT, objective, average.model, optimiser)
+    wrapped, optimiser = accelerator.prepare(objective, optimiser)
+    chief = accelerator.is_main_process
+    log = _Log(folder) if chief else None
+    started = time.monotonic()
+    saved = validated = minutes = minutes_before
+    step = first
+
+    def save() -> None:
+        if chief:
+            save_state(folder / CHECKPOINT, objective, average.model, optimiser, step, minutes)
+
+    with _progress(steps, first, disable=not chief) as (bar, task):
+        try:
+            while step < steps and (max_minutes is None or minutes < max_minutes):
+                progress = max(step / steps, minutes / max_minutes if max_minutes else 0.0)
+                for group in optimiser.param_groups:
+                    group["lr"] = learning_rate * rate_at(step, progress)
+                batch = _to(batch_at(step, accelerator.process_index), accelerator.device)
+                with accelerator.autocast():
+                    losses = wrapped(batch)
+                accelerator.backward(losses["loss"])
+                accelerator.clip_grad_norm_(objective.parameters(), LARGEST_GRADIENT)
+                optimiser.step()
+                optimiser.zero_grad()
+                average.update(objective.model, step)  # type: ignore[arg-type]
+                step += 1
+                minutes = minutes_before + (time.monotonic() - started) / 60
+                if max_minutes is not None and accelerator.num_processes > 1:
+                    minutes = _agreed(minutes, accelerator)
+                if log:
+                    log.losses(losses, step)
+                    bar.update(task, completed=step, note=_note(log, minutes, max_minutes))
+                if chief and validate and minutes - validated >= validate_every_minutes:
+                    log and log.scores(validate(average.model), step, minutes)
+                    log and picture and log.picture(picture(average.model), step)
+                    validated = minutes
+                if minutes - saved >= SAVE_EVERY_MINUTES:
+                    save()
+                    saved = minutes
+        finally:
+            save()
+    if log and validate:
+        log.scores(validate(average.model), step, minutes)
+    return average.model, minutes
+
+
+def rate_at(step: int, progress: float) -> float:
+    """Learning rate as a share of the highest: linear warm-up, then a cosine down to zero."""
+    return min(1.0, (step + 1) / WARM_UP_STEPS) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def fastest_precision() -> str:
+    """bf16 where the hardware multiplies it fast (recent GPUs, CPUs with AMX), else single precision."""
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "no"
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    return "bf16" if amx() else "no"
+
+
+class _Average:
+    """Exponential moving average of a network's weights, with a short memory at the start."""
+
+    def __init__(self, model: nn.Module) -> None:
+        import copy
+
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        decay = min(EMA_DECAY, (1 + step) / (10 + step))
+        for mean, new in zip(self.model.parameters(), model.parameters(), strict=True):
+            mean.lerp_(new, 1 - decay)
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    return Batch(*(part.to(device) if isinstance(part, Tensor) else part for part in batch))
+
+
+def _agreed(minutes: float, accelerator: Accelerator) -> float:
+    """Every process must stop at the same step: take the slowest clock."""
+    return float(accelerator.gather(torch.tensor([minutes], device=accelerator.device)).max())
+
+
+# State ----------------------------------------------------------------------------------------------------
+
+
+def save_state(
+    path: Path, objective: nn.Module, average: nn.Module, optimiser: torch.optim.Optimizer, step: int, minutes: float
+) -> None:
+    """Everything a run needs to go on, in one safetensors file that is replaced as a whole."""
+    tensors = {f"model.{name}": value for name, value in objective.state_dict().items()}
+    tensors |= {f"average.{name}": value for name, value in average.state_dict().items()}
+    for number, state in optimiser.state_dict()["state"].items():
+        tensors |= {f"adam.{number}.{key}": value for key, value in state.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    metadata = {"step": str(step), "minutes": repr(minutes)}
+    save_file({name: value.detach().contiguous() for name, value in tensors.items()}, part, metadata)
+    os.replace(part, path)
+
+
+def load_state(
+    path: Path, objective: nn.Module, average: nn.Module, optimiser: torch.optim.Optimizer
+) -> tuple[int, float]:
+    """Inverse of `save_state`; returns the step and the minutes. Raises `GenMedError` for a foreign file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        objective.load_state_dict(_under("model.", tensors))
+        average.load_state_dict(_under("average.", tensors))
+        states: dict[int, dict[str, Tensor]] = {}
+        for name, value in _under("adam.", tensors).items():
+            number, key = name.split(".")
+            states.setdefault(int(number), {})[key] = value
+        optimiser.load_state_dict({"state": states, "param_groups": optimiser.state_dict()["param_groups"]})
+        return int(metadata["step"]), float(metadata["minutes"])
+    except Exception as error:
+        raise GenMedError(
+            f"{path}: cannot resume from this checkpoint ({' '.join(str(error).split())[:120]}); "
+            "train with the same options as before, or without --resume."
+        ) from error
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+# What a person sees ---------------------------------------------------------------------------------------
+
+
+class _Log:
+    """Scalars and pictures for tensorboard, and the validation curve as JSON lines."""
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder / "log"))
+        self.curve = folder / "curve.jsonl"
+        self.smooth: dict[str, float] = {}
+        self.latest = ""
+
+    def losses(self, losses: dict[str, Tensor], step: int) -> None:
+        for name, value in losses.items():
+            number = float(value.detach())
+            self.smooth[name] = 0.98 * self.smooth.get(name, number) + 0.02 * number
+            if step % 50 == 0:
+                self.writer.add_scalar(f"train/{name}", self.smooth[name], step)
+
+    def scores(self, scores: dict[str, float], step: int, minutes: float) -> None:
+        for name, value in scores.items():
+            self.writer.add_scalar(f"tune/{name}", value, step)
+        with self.curve.open("a") as file:
+            file.write(json.dumps({"step": step, "minutes": round(minutes, 2), **scores}) + "\n")
+        self.latest = " ".join(f"{name} {value:.3f}" for name, value in scores.items())
+        if not sys.stderr.isatty():  # a log file shows no bar
+            print(f"step {step}, {minutes:.1f} min: loss {self.smooth['loss']:.3f} {self.latest}", flush=True)
+        self.writer.flush()
+
+    def picture(self, picture: Float[Tensor, "1 h w"], step: int) -> None:
+        self.writer.add_image("samples", picture, step)
+
+
+class _progress:
+    """A progress bar: `with _progress(...) as (bar, task)`."""
+
+    def __init__(self, steps: int, first: int, disable: bool) -> None:
+        columns = (TextColumn("training"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+        self.bar = Progress(*columns, TimeElapsedColumn(), TextColumn("{task.fields[note]}"), disable=disable)
+        self.task = self.bar.add_task("training", total=steps, completed=first, note="")
+
+    def __enter__(self) -> tuple[Progress, Any]:
+        self.bar.start()
+        return self.bar, self.task
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+
+def _note(log: _Log, minutes: float, max_minutes: float | None) -> str:
+    left = f"{max_minutes - minutes:.0f} min left, " if max_minutes else ""
+    return f"{left}loss {log.smooth['loss']:.3f} {log.latest}"
+
+
+# The command ----------------------------------------------------------------------------------------------
+
+
+def train(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    split: str | Path | None = None,
+    max_minutes: float | None = None,
+    resume: bool = False,
+    preset: str = "base",
+    spacing: float | None = None,
+    init: str | Path | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+) -> Path:
+    """Train a joint model on a dataset.json folder and write a model folder.
+
+    Args:
+        split: JSON file with train / tune / report ids; without it one is drawn by person and written to OUT.
+        max_minutes: stop after so many minutes; the learning rate comes down in time for it.
+        spacing: isotropic working spacing in mm, instead of the data set's median.
+        init: a model (name or folder) whose weights to start from, for instance one of a coarser grid.
+    """
+    out = Path(out)
+    dataset = read_dataset(folder)
+    parts = read_split(split, dataset.ids) if split else _draw_split(dataset, out, seed)
+    plan = make_plan(dataset, parts, out.name, preset, spacing, steps, seed)
+    scans, tune = load_scans(dataset, plan, parts.train), load_scans(dataset, plan, parts.tune)
+    torch.manual_seed(seed)
+    denoiser = build(plan)
+    if init is not None:
+        _start_from(denoiser, init)
+    average, minutes = fit(
+        JointLoss(denoiser),
+        lambda step, process: draw_batch(scans, plan, step, process),
+        out,
+        steps=plan.steps,
+        learning_rate=plan.learning_rate,
+        max_minutes=max_minutes,
+        resume=resume,
+        validate=lambda model: tune_dice(conditional(model), tune, plan),
+        picture=lambda model: sample_picture(model, plan),
+    )
+    card = first_card(dataset, plan, parts, minutes, tune_dice(conditional(average), tune, plan))
+    return save_model(out, plan, average.state_dict(), card)
+
+
+def make_plan(
+    dataset: Dataset,
+    parts: Split,
+    name: str,
+    preset: str,
+    spacing: float | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+) -> Plan:
+    """The plan of the training cases, with the changes that the command line asks for."""
+    plan = plan_from(fingerprint(dataset, parts.train), dataset, preset)
+    changes: dict[str, Any] = {"name": name, "seed": seed, "source": dataset.name}
+    if spacing is not None:
+        coarser = [old / spacing for old in plan.spacing_mm]
+        multiple = plan.patch_multiple
+        changes["spacing_mm"] = (spacing,) * 3
+        changes["patch"] = tuple(
+            multiple * max(1, math.ceil(p * c / multiple)) for p, c in zip(plan.patch, coarser, strict=True)
+        )
+        voxels = math.prod(changes["patch"]) / math.prod(plan.patch)
+        changes["batch"] = max(plan.batch, min(8, round(plan.batch / voxels)))
+    if steps is not None:
+        changes["steps"] = steps
+    return dataclasses.replace(plan, **changes)
+
+
+def _draw_split(dataset: Dataset, out: Path, seed: int) -> Split:
+    subjects = {id: person(dataset.name, id) for id in dataset.ids}
+    split = Split(dataset.name, **three_way(subjects, seed))
+    write_split(out / "split.json", split, subjects)
+    return split
+
+
+def _start_from(denoiser: Denoiser, init: str | Path) -> None:
+    try:
+        denoiser.load_state_dict(load(init).denoiser.state_dict())
+    except RuntimeError as error:
+        raise GenMedError(
+            f"{init}: its network does not fit this plan (other widths, channels or classes); "
+            "choose the same preset."
+        ) from error
+
+
+def conditional(model: nn.Module) -> Callable[[Float[Tensor, "b c x y z"]], Float[Tensor, "b k x y z"]]:
+    """Label logits of a clean image in one evaluation."""
+
+    def logits(image: Tensor) -> Tensor:
+        hidden = image.new_zeros(len(image), len(model.fields["label"].channels), *image.shape[2:])  # type: ignore
+        sigma = image.new_tensor([[0.0, model.sigma_max]]).expand(len(image), -1)
+        return model.outputs(torch.cat([image, hidden], dim=1), sigma)["label"]  # type: ignore[operator]
+
+    return logits
+
+
+@torch.no_grad()
+def tune_dice(segment: Callable[[Tensor], Tensor], scans: Sequence[Scan], plan: Plan) -> dict[str, float]:
+    """Mean Dice of each class over whole scans on the working grid. `segment` maps images to logits."""
+    rows = []
+    bf16 = fastest_precision() == "bf16"
+    for image, label in scans:
+        with torch.autocast(image.device.type, torch.bfloat16, enabled=bf16):
+            found = segment(image[None])[0].argmax(dim=0)
+        rows.append([_dice(found == c, label == c) for c in range(1, len(plan.labels))])
+    means = torch.tensor(rows).nanmean(dim=0)
+    scores = {name: round(float(mean), 4) for name, mean in zip(plan.labels[1:], means, strict=True)}
+    return {"dice": round(float(means.mean()), 4), **scores}
+
+
+def _dice(found: Tensor, truth: Tensor) -> float:
+    total = int(found.sum() + truth.sum())
+    return 2 * int((found & truth).sum()) / total if total else math.nan
+
+
+@torch.no_grad()
+def sample_picture(model: nn.Module, plan: Plan) -> Float[Tensor, "1 h w"]:
+    """Middle slices of a pair drawn from the joint, side by side, as grey values in [0, 1]."""
+    from genmed.samplers import euler, schedule
+
+    sigmas = schedule(plan.sigma_max, plan.sigma_min, 16)
+    z = plan.sigma_max * torch.randn(1, model.fields.channels, *plan.patch)  # type: ignore
+    z = z.to(next(model.parameters()).device)
+    z0 = euler(lambda z, sigma: model(z, z.new_full((1, len(model.fields)), float(sigma))), z, sigmas)  # type: ignore
+    parts = model.fields.split(z0[..., plan.patch[2] // 2])  # type: ignore
+    image = ((parts["image"][0, :1] + 2.5) / 5).clamp(0, 1)
+    label = parts["label"][0].argmax(dim=0, keepdim=True) / max(1, len(plan.labels) - 1)
+    return torch.cat([image, label], dim=1).cpu()
+
+
+def first_card(dataset: Dataset, plan: Plan, parts: Split, minutes: float, scores: dict[str, float]) -> Card:
+    """What is known right after training."""
+    spacing = " × ".join(f"{s:g}" for s in plan.spacing_mm)
+    return Card(
+        name=plan.name,
+        licence=dataset.licence or "not stated by the training data",
+        training_data=f"{dataset.name}: {len(parts.train)} cases ({dataset.reference or 'no reference given'})",
+        minutes=round(minutes, 1),
+        hardware=f"{torch.get_num_threads()} threads of {platform.machine()}"
+        if not torch.cuda.is_available()
+        else torch.cuda.get_device_name(),
+        command="genmed train (Dice on the tune part, working grid, one conditional evaluation)",
+        scores={f"tune {name}": value for name, value in scores.items()},
+        text=f"# {plan.name}\n\nJoint model of {', '.join(plan.channels)} and {', '.join(plan.labels[1:])} "
+        f"at {spacing} mm.",
+    )
