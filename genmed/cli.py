@@ -342,13 +342,24 @@ def _averages(scores: list[Score]) -> dict[str, dict[str, Any]]:
 @bench_app.command()
 def hippocampus(
     data: Annotated[Path, typer.Option(help="The MSD hippocampus set (genmed data fetch hippocampus).")],
-    out: Annotated[Path, typer.Option(help="Folder for tables and checkpoints.")],
-    minutes: Annotated[float, typer.Option(help="Training time for each of the two models.")],
+    out: Annotated[Path, typer.Option(help="Folder for tables, predictions and trained models.")],
+    minutes: Annotated[float, typer.Option(help="Training time of each of the two models.")],
+    model: Annotated[
+        str | None, typer.Option(help="A trained model to compare, instead of training one.")
+    ] = None,
+    peer: Annotated[
+        Path | None, typer.Option(help="Folder of a trained peer, instead of training one.")
+    ] = None,
+    preset: Annotated[str, typer.Option(help=PRESETS)] = "base",
+    steps: Annotated[int | None, typer.Option(help="Training steps of a stage at most.")] = None,
 ) -> None:
-    """Train and evaluate GenMed and MONAI's DynUNet alike, and print one table of both."""
-    from genmed.bench import hippocampus as table
+    """Train and evaluate GenMed and MONAI's DynUNet alike, and print one table of both.
 
-    table.run(data, out, minutes=minutes)
+    Started again after an interruption, it goes on where it was.
+    """
+    from genmed.bench.hippocampus import run
+
+    run(data, out, minutes=minutes, model=model, peer=peer, preset=preset, steps=steps)
 
 
 @models_app.command("list")

@@ -75,6 +75,19 @@ class Denoiser(nn.Module):
         return result
 
 
+def fastest_precision() -> str:
+    """bf16 where the hardware multiplies it fast (recent GPUs, CPUs with AMX), else "no" mixed precision."""
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "no"
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    return "bf16" if amx() else "no"
+
+
+def fast_arithmetic(device: str) -> torch.autocast:
+    """Context in which networks compute in `fastest_precision`."""
+    return torch.autocast(device, torch.bfloat16, enabled=fastest_precision() == "bf16")
+
+
 def build(plan: Plan) -> Denoiser:
     """The untrained denoiser that a plan describes."""
     return Denoiser(image_and_label(plan.channels, plan.labels), plan.widths, plan.sigma_max)

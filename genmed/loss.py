@@ -1,6 +1,5 @@
 """The training objective of the joint model: one mixture of noise levels gives every mode of inference."""
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -12,7 +11,8 @@ from genmed.data.augment import augment_intensity
 from genmed.denoiser import Denoiser
 from genmed.fields import one_hot
 
-MIXTURE = {"conditional": 0.5, "equal": 0.3, "independent": 0.1, "partial": 0.1}
+MIXTURE = {"conditional": 0.6, "equal": 0.24, "independent": 0.08, "partial": 0.08}
+LOG_SIGMA = (0.0, 1.2)  # mean and standard deviation of ln σ: about the level at which most is decided
 
 
 class Batch(NamedTuple):
@@ -65,13 +65,13 @@ def draw_modes(count: int, generator: Generator) -> list[str]:
 
 
 def draw_sigma(
-    mode: str, size: torch.Size, sigma_max: float, generator: Generator, sigma_min: float = 0.02
+    mode: str, size: torch.Size, sigma_max: float, generator: Generator
 ) -> Float[Tensor, "2 x y z"]:
-    """Noise levels of (image, label) at every voxel; levels are log-uniform in [sigma_min, sigma_max]."""
+    """Noise levels of (image, label) at every voxel; levels are log-normal (EDM, arXiv 2206.00364, Table 1)."""
 
     def level() -> Tensor:
-        low, high = math.log(sigma_min), math.log(sigma_max)
-        return torch.exp(low + (high - low) * torch.rand((), generator=generator))
+        mean, deviation = LOG_SIGMA
+        return torch.exp(mean + deviation * torch.randn((), generator=generator)).clamp(max=sigma_max)
 
     sigma = torch.empty(2, *size)
     if mode == "conditional":
@@ -100,7 +100,7 @@ def random_region(size: torch.Size, generator: Generator) -> Tensor:
     region = torch.zeros(tuple(size), dtype=torch.bool)
     kind, axis = integer(0, 3), integer(0, 3)
     if kind == 0:
-        every = integer(2, 13)
+        every = integer(2, min(13, size[axis]))
         region.transpose(0, axis)[integer(0, every) :: every] = True
     elif kind == 1:
         n = size[axis]

@@ -55,7 +55,7 @@ class Mask:
 
 @dataclass(frozen=True, eq=False)
 class Resample:
-    """One matrix (n_out, n_in) per axis, such as `Space.scanner()`: coarser voxels, thick slices, cropping."""
+    """One matrix (n_out, n_in) per axis, such as `Space.scanner()`: coarser voxels, thick slices, crops."""
 
     matrices: tuple[Tensor, Tensor, Tensor]
 
@@ -111,7 +111,7 @@ class Observation:
         seen = self.operator.seen.to(self.y.device)
         y = torch.where(seen, self.y, torch.zeros_like(self.y))
         if not self.sigma_y > 0:
-            raise GenMedError(f"sigma_y of the observed {self.field} is {self.sigma_y}; give a number above 0")
+            raise GenMedError(f"sigma_y of the observed {self.field} is {self.sigma_y}; it must be above 0")
         if not bool(seen.any()):
             raise GenMedError(f"no voxel of the {self.field} is observed; observe at least one")
         if not bool(torch.isfinite(y).all()):

@@ -1,5 +1,6 @@
 """Samplers: pure functions that walk σ from high to low with any `denoise(z, sigma) -> z0_hat`."""
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -23,7 +24,7 @@ def seeded(seeds: Sequence[int], device: torch.device | str = "cpu") -> list[tor
     return [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
 
-def noise(like: Float[Tensor, "b *cxyz"], generators: Sequence[torch.Generator]) -> Float[Tensor, "b *cxyz"]:
+def noise(like: Float[Tensor, " b *cxyz"], generators: Sequence[torch.Generator]) -> Float[Tensor, " b *cxyz"]:
     """White noise of unit variance; sample i is drawn from generator i."""
     return torch.stack([torch.randn(like.shape[1:], generator=generator, dtype=like.dtype, device=like.device)
                         for generator in generators])  # fmt: skip
@@ -31,7 +32,10 @@ def noise(like: Float[Tensor, "b *cxyz"], generators: Sequence[torch.Generator])
 
 @torch.no_grad()
 def euler(
-    denoise: Denoise, z: Float[Tensor, "b c x y z"], sigmas: Float[Tensor, " n"], callback: Callback | None = None
+    denoise: Denoise,
+    z: Float[Tensor, "b c x y z"],
+    sigmas: Float[Tensor, " n"],
+    callback: Callback | None = None,
 ) -> Float[Tensor, "b c x y z"]:
     """Deterministic first-order sampler of dz/dσ = (z − D(z, σ)) / σ (EDM, arXiv 2206.00364, eq. 3)."""
     for step, (sigma, following) in enumerate(pairwise(sigmas.tolist())):
@@ -42,7 +46,10 @@ def euler(
 
 @torch.no_grad()
 def heun(
-    denoise: Denoise, z: Float[Tensor, "b c x y z"], sigmas: Float[Tensor, " n"], callback: Callback | None = None
+    denoise: Denoise,
+    z: Float[Tensor, "b c x y z"],
+    sigmas: Float[Tensor, " n"],
+    callback: Callback | None = None,
 ) -> Float[Tensor, "b c x y z"]:
     """Deterministic second-order sampler, two evaluations a step (EDM, arXiv 2206.00364, algorithm 1)."""
     for step, (sigma, following) in enumerate(pairwise(sigmas.tolist())):
@@ -70,11 +77,7 @@ def ancestral(
     """
     for step, (sigma, following) in enumerate(pairwise(sigmas.tolist())):
         z0_hat = _estimate(denoise, z, sigma, step, callback)
-        added = eta * following * (1 - (following / sigma) ** 2) ** 0.5
-        kept = (following**2 - added**2) ** 0.5
-        z = z0_hat + kept / sigma * (z - z0_hat)
-        if added > 0:
-            z = z + added * noise(z, generators)
+        z = _ancestral_step(z, z0_hat, sigma, following, eta, generators)
     return z
 
 
@@ -85,20 +88,38 @@ def time_travel(
     sigmas: Float[Tensor, " n"],
     travels: int,
     generators: Sequence[torch.Generator],
+    *,
+    eta: float = 0.0,
+    between: tuple[float, float] = (0.0, math.inf),
     callback: Callback | None = None,
 ) -> Float[Tensor, "b c x y z"]:
-    """Euler steps, each undone by re-noising and repeated `travels` times.
+    """Steps of `ancestral` (of `euler` with eta 0), each undone by re-noising and repeated `travels` times.
 
     Going back lets the fields agree at a level before it is left (RePaint, arXiv 2201.09865, algorithm 1;
-    FreeDoM, arXiv 2303.09833, section 4.3). `travels = 0` is `euler`.
+    FreeDoM, arXiv 2303.09833, section 4.3). Only levels `between` two values of σ are repeated.
     """
     for step, (sigma, following) in enumerate(pairwise(sigmas.tolist())):
-        for travel in range(travels + 1):
+        repeats = travels if between[0] <= sigma <= between[1] else 0
+        for travel in range(repeats + 1):
             z0_hat = _estimate(denoise, z, sigma, step, callback)
-            z = z0_hat + following / sigma * (z - z0_hat)
-            if travel < travels:
+            z = _ancestral_step(z, z0_hat, sigma, following, eta, generators)
+            if travel < repeats:
                 z = z + (sigma**2 - following**2) ** 0.5 * noise(z, generators)
     return z
+
+
+def _ancestral_step(
+    z: Tensor,
+    z0_hat: Tensor,
+    sigma: float,
+    following: float,
+    eta: float,
+    generators: Sequence[torch.Generator],
+) -> Tensor:
+    added = eta * following * (1 - (following / sigma) ** 2) ** 0.5
+    kept = (following**2 - added**2) ** 0.5
+    z = z0_hat + kept / sigma * (z - z0_hat)
+    return z + added * noise(z, generators) if added > 0 else z
 
 
 def _estimate(denoise: Denoise, z: Tensor, sigma: float, step: int, callback: Callback | None) -> Tensor:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from jaxtyping import Float, Int
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from safetensors import safe_open
@@ -28,7 +28,7 @@ from genmed.data.dataset import Dataset, read_dataset
 from genmed.data.fingerprint import fingerprint
 from genmed.data.fingerprint import plan as plan_from
 from genmed.data.split import Split, person, read_split, three_way, write_split
-from genmed.denoiser import Denoiser, build
+from genmed.denoiser import Denoiser, build, fast_arithmetic, fastest_precision
 from genmed.errors import GenMedError
 from genmed.hub import Card, load, save_model
 from genmed.loss import Batch, JointLoss
@@ -106,8 +106,8 @@ def fit(
     accelerator = Accelerator(mixed_precision=mixed_precision or fastest_precision())
     average = _Average(objective.model)  # type: ignore[arg-type]
     optimiser = torch.optim.AdamW(objective.parameters(), lr=learning_rate, betas=(0.9, 0.99))
-    objective.to(accelerator.device)
-    average.model.to(accelerator.device)
+    for network in (objective, average.model):
+        network.to(accelerator.device)
     first, minutes_before = 0, 0.0
     if resume and (folder / CHECKPOINT).exists():
         first, minutes_before = load_state(folder / CHECKPOINT, objective, average.model, optimiser)
@@ -160,14 +160,6 @@ def fit(
 def rate_at(step: int, progress: float) -> float:
     """Learning rate as a share of the highest: linear warm-up, then a cosine down to zero."""
     return min(1.0, (step + 1) / WARM_UP_STEPS) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-
-
-def fastest_precision() -> str:
-    """bf16 where the hardware multiplies it fast (recent GPUs, CPUs with AMX), else single precision."""
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported() else "no"
-    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    return "bf16" if amx() else "no"
 
 
 class _Average:
@@ -321,7 +313,9 @@ def train(
     """
     out = Path(out)
     dataset = read_dataset(folder)
-    parts = read_split(split, dataset.ids) if split else _draw_split(dataset, out, seed)
+    state = PartialState()
+    with state.main_process_first():
+        parts = read_split(split, dataset.ids) if split else _draw_split(dataset, out, seed)
     plan = make_plan(dataset, parts, out.name, preset, spacing, steps, seed)
     scans, tune = load_scans(dataset, plan, parts.train), load_scans(dataset, plan, parts.tune)
     torch.manual_seed(seed)
@@ -339,8 +333,10 @@ def train(
         validate=lambda model: tune_dice(conditional(model), tune, plan),
         picture=lambda model: sample_picture(model, plan),
     )
-    card = first_card(dataset, plan, parts, minutes, tune_dice(conditional(average), tune, plan))
-    return save_model(out, plan, average.state_dict(), card)
+    if state.is_main_process:
+        card = first_card(dataset, plan, parts, minutes, tune_dice(conditional(average), tune, plan))
+        save_model(out, plan, average.state_dict(), card)
+    return out
 
 
 def make_plan(
@@ -372,7 +368,8 @@ def make_plan(
 def _draw_split(dataset: Dataset, out: Path, seed: int) -> Split:
     subjects = {id: person(dataset.name, id) for id in dataset.ids}
     split = Split(dataset.name, **three_way(subjects, seed))
-    write_split(out / "split.json", split, subjects)
+    if PartialState().is_main_process:
+        write_split(out / "split.json", split, subjects)
     return split
 
 
@@ -390,9 +387,10 @@ def conditional(model: nn.Module) -> Callable[[Float[Tensor, "b c x y z"]], Floa
     """Label logits of a clean image in one evaluation."""
 
     def logits(image: Tensor) -> Tensor:
+        image = image.to(next(model.parameters()).device)
         hidden = image.new_zeros(len(image), len(model.fields["label"].channels), *image.shape[2:])  # type: ignore
         sigma = image.new_tensor([[0.0, model.sigma_max]]).expand(len(image), -1)
-        return model.outputs(torch.cat([image, hidden], dim=1), sigma)["label"]  # type: ignore[operator]
+        return model.outputs(torch.cat([image, hidden], dim=1), sigma)["label"].cpu()  # type: ignore[operator]
 
     return logits
 
@@ -401,9 +399,9 @@ def conditional(model: nn.Module) -> Callable[[Float[Tensor, "b c x y z"]], Floa
 def tune_dice(segment: Callable[[Tensor], Tensor], scans: Sequence[Scan], plan: Plan) -> dict[str, float]:
     """Mean Dice of each class over whole scans on the working grid. `segment` maps images to logits."""
     rows = []
-    bf16 = fastest_precision() == "bf16"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     for image, label in scans:
-        with torch.autocast(image.device.type, torch.bfloat16, enabled=bf16):
+        with fast_arithmetic(device):
             found = segment(image[None])[0].argmax(dim=0)
         rows.append([_dice(found == c, label == c) for c in range(1, len(plan.labels))])
     means = torch.tensor(rows).nanmean(dim=0)

@@ -499,8 +499,7 @@ def _read_dicom(path: Path, series: str | None) -> Volume:
     if int(slices[0].tags.get("SamplesPerPixel") or 1) != 1:
         raise GenMedError(f"{path}: DICOM with RGB colour; export a grey-scale series")
     if len(slices) == 1 and int(slices[0].tags.get("NumberOfFrames") or 1) > 1:
-        image = _itk_read(path, str(slices[0].path))
-        return Volume(_itk_array(image), _itk_affine(image), path=path)
+        return _read_multi_frame(slices[0].path, path)
     slices, affine = _stack_geometry(slices, path)
     return Volume(_dicom_voxels(slices, path), affine, path=path)
 
@@ -578,6 +577,23 @@ def _stack_geometry(slices: list[_Slice], path: Path) -> tuple[list[_Slice], np.
     affine = np.eye(4)
     affine[:3] = np.column_stack([along_x * column_mm, along_y * row_mm, step, positions[0]])
     return slices, LPS_TO_RAS @ affine
+
+
+def _read_multi_frame(file: Path, path: Path) -> Volume:
+    """An enhanced DICOM file whose frames are one even stack; cines and several stacks are errors."""
+    import pydicom
+
+    groups = pydicom.dcmread(file, stop_before_pixels=True).get("PerFrameFunctionalGroupsSequence") or []
+    planes = [plane for group in groups for plane in group.get("PlanePositionSequence") or []]
+    positions = np.array([plane.ImagePositionPatient for plane in planes], dtype=np.float64)
+    image = _itk_read(path, str(file))
+    volume = Volume(_itk_array(image), _itk_affine(image), path=path)
+    steps = np.arange(volume.data.shape[3])[:, None]
+    lps = LPS_TO_RAS @ volume.affine
+    expected = lps[:3, 3] + steps * lps[:3, 2]
+    if positions.shape != expected.shape or np.abs(positions - expected).max() > 0.1 * volume.spacing_mm[2]:
+        raise GenMedError(f"{path}: DICOM frames are not one even stack of slices; export one stack as NIfTI")
+    return volume
 
 
 def _numbers(tags: Any, name: str) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 import pydicom
 import pytest
 from PIL import Image
-from test_volume import nifti, oblique_affine, scan, write_dicom_series
+from test_volume import nifti, oblique_affine, scan, write_dicom_series, write_enhanced_dicom
 
 from genmed.errors import GenMedError
 from genmed.volume import Volume, check_image, read, read_labels, require_3d, require_same_grid
@@ -231,6 +231,14 @@ def test_dicom_slices_of_different_direction_are_noticed(tmp_path: Path) -> None
         tmp_path, scan((6, 5, 2), dtype="int16"), description="B", rows_along=sagittal, SeriesInstanceUID=uid
     )
     assert "direction" in complaint(read, tmp_path)
+
+
+@pytest.mark.parametrize("heights_mm", [(0, 2, 4, 10), (0, 2, 0, 2)])
+def test_enhanced_dicom_that_is_not_one_even_stack_is_an_error(
+    tmp_path: Path, heights_mm: tuple[float, ...]
+) -> None:
+    write_enhanced_dicom(tmp_path / "a.dcm", np.ones((6, 5, 4), np.uint16), heights_mm)
+    assert "not one even stack" in complaint(read, tmp_path / "a.dcm")
 
 
 def test_truncated_dicom_slices_are_noticed(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import nibabel as nib
@@ -14,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pydicom.dataset import FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+from pydicom.uid import CTImageStorage, EnhancedMRImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from genmed.volume import Grid, Volume, read, read_labels
 
@@ -79,6 +80,34 @@ def write_dicom_series(
             setattr(dataset, name, value)
         dataset.save_as(folder / f"{description}_{names[k]:03d}", enforce_file_format=True)
     return str(uid)
+
+
+def write_enhanced_dicom(path: Path, voxels: np.ndarray, heights_mm: Sequence[float]) -> None:
+    """Write uint16 voxels (x, y, z) as one enhanced MR file with a frame at every height."""
+    dataset = pydicom.Dataset()
+    dataset.file_meta = FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID = EnhancedMRImageStorage
+    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID = generate_uid()
+    dataset.SeriesInstanceUID, dataset.StudyInstanceUID = generate_uid(), generate_uid()
+    dataset.Columns, dataset.Rows, dataset.NumberOfFrames = voxels.shape
+    dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
+    dataset.BitsAllocated = dataset.BitsStored = 16
+    dataset.HighBit, dataset.PixelRepresentation, dataset.Modality = 15, 0, "MR"
+    direction, spacing, shared = pydicom.Dataset(), pydicom.Dataset(), pydicom.Dataset()
+    direction.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+    spacing.PixelSpacing, spacing.SliceThickness = [0.9, 0.6], 2.5
+    shared.PlaneOrientationSequence, shared.PixelMeasuresSequence = [direction], [spacing]
+    dataset.SharedFunctionalGroupsSequence = [shared]
+    frames = []
+    for height in heights_mm:
+        position, frame = pydicom.Dataset(), pydicom.Dataset()
+        position.ImagePositionPatient = [10, 20, height]
+        frame.PlanePositionSequence = [position]
+        frames.append(frame)
+    dataset.PerFrameFunctionalGroupsSequence = frames
+    dataset.PixelData = np.ascontiguousarray(voxels.T, dtype="<u2").tobytes()
+    dataset.save_as(path, enforce_file_format=True)
 
 
 def nifti(path: Path, data: np.ndarray, affine: np.ndarray, sform: int = 1, qform: int = 1) -> Path:
@@ -230,11 +259,14 @@ def test_label_names_are_totalsegmentators_xml_in_extension_code_0(tmp_path: Pat
 
 
 def test_label_names_written_by_totalsegmentator_are_read(tmp_path: Path) -> None:
+    colour = 'Red="1.0" Green="0.0" Blue="0.0" Alpha="1"'
     xml = (  # the layout of totalsegmentator/nifti_ext_header.py
-        '<?xml version="1.0" encoding="UTF-8"?> <CaretExtension>  <Date><![CDATA[2013-07-14T05:45:09]]></Date>   '
-        '<VolumeInformation Index="0">   <LabelTable>\n<Label Key="1" Red="1.0" Green="0.0" Blue="0.0" Alpha="1">'
-        '<![CDATA[spleen]]></Label>\n<Label Key="2" Red="0.0" Green="1.0" Blue="0.0" Alpha="1">'
-        "<![CDATA[kidney_right]]></Label>\n\n  </LabelTable>  <StudyMetaDataLinkSet>  </StudyMetaDataLinkSet>  "
+        '<?xml version="1.0" encoding="UTF-8"?> <CaretExtension>  '
+        "<Date><![CDATA[2013-07-14T05:45:09]]></Date>   "
+        '<VolumeInformation Index="0">   <LabelTable>\n'
+        f'<Label Key="1" {colour}><![CDATA[spleen]]></Label>\n'
+        f'<Label Key="2" {colour}><![CDATA[kidney_right]]></Label>\n\n'
+        "  </LabelTable>  <StudyMetaDataLinkSet>  </StudyMetaDataLinkSet>  "
         "<VolumeType><![CDATA[Label]]></VolumeType>   </VolumeInformation></CaretExtension>\n              "
     )
     image = nib.Nifti1Image(np.ones((2, 2, 2), np.uint8), np.eye(4))
@@ -410,6 +442,15 @@ def test_dicom_hounsfield_units_stay_integers(tmp_path: Path) -> None:
 def test_tilted_gantry_gives_a_sheared_affine(tmp_path: Path) -> None:
     write_dicom_series(tmp_path, scan((6, 5, 4), dtype="int16"), step_mm=(0, 0.5, 2.5), origin_mm=(0, 0, 0))
     assert np.allclose(read(tmp_path).affine[:3, 2], (0, -0.5, 2.5))
+
+
+@pytest.mark.parametrize("step_mm", [2.5, 4.0, -2.5])
+def test_enhanced_dicom_is_read_frame_by_frame(tmp_path: Path, step_mm: float) -> None:
+    voxels = np.abs(scan((6, 5, 4))).astype(np.uint16)
+    write_enhanced_dicom(tmp_path / "a.dcm", voxels, [30 + k * step_mm for k in range(4)])
+    volume = read(tmp_path / "a.dcm")
+    assert np.array_equal(volume.data[0], voxels)
+    assert np.allclose(volume.affine @ [5, 4, 3, 1], (-10 - 5 * 0.6, -20 - 4 * 0.9, 30 + 3 * step_mm, 1))
 
 
 def test_a_single_dicom_file_is_one_slice(tmp_path: Path) -> None:

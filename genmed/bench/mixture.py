@@ -6,19 +6,16 @@ Two fields of 16 coordinates, jointly a mixture of 8 Gaussians with full covaria
 posterior under any linear observation are closed formulas, so the error of a guided sampler is its own.
 """
 
-import argparse
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from genmed.fields import Field, Fields
-from genmed.guide import guided
-from genmed.observe import Identity, Observation, Operator, downsample, voxels
-from genmed.samplers import Denoise, ancestral, euler, heun, noise, schedule, seeded, time_travel
+from genmed.observe import Identity, Mask, Observation, Operator, downsample, voxels
+from genmed.samplers import Denoise, noise, seeded
 
 SIZE = 16
 FIELDS = Fields(Field("image", "continuous", ("image",)), Field("shape", "continuous", ("shape",)))
@@ -28,11 +25,11 @@ FIELDS = Fields(Field("image", "continuous", ("image",)), Field("shape", "contin
 class Mixture:
     """Σ_k π_k N(m_k, C_k) over d = 32 coordinates, the two fields one after the other."""
 
-    weights: Float[Tensor, "k"]
+    weights: Float[Tensor, " k"]
     means: Float[Tensor, "k d"]
     covariances: Float[Tensor, "k d d"]
 
-    def posterior(self, matrix: Float[Tensor, "m d"], y: Float[Tensor, "m"], sigma_y: float) -> "Mixture":
+    def posterior(self, matrix: Float[Tensor, "m d"], y: Float[Tensor, " m"], sigma_y: float) -> "Mixture":
         """The exact distribution given y = matrix · x + sigma_y n."""
         cross = self.covariances @ matrix.T
         inner = matrix @ cross + sigma_y**2 * torch.eye(len(y), dtype=y.dtype)
@@ -45,7 +42,7 @@ class Mixture:
             self.covariances - gain @ cross.mT,
         )
 
-    def mean(self) -> Float[Tensor, "d"]:
+    def mean(self) -> Float[Tensor, " d"]:
         return self.weights @ self.means
 
     def covariance(self) -> Float[Tensor, "d d"]:
@@ -53,7 +50,7 @@ class Mixture:
         within = torch.einsum("k,kde->de", self.weights, self.covariances)
         return within + torch.einsum("k,kd,ke->de", self.weights, centred, centred)
 
-    def sample(self, generator: torch.Generator) -> Float[Tensor, "d"]:
+    def sample(self, generator: torch.Generator) -> Float[Tensor, " d"]:
         k = int(torch.multinomial(self.weights, 1, generator=generator))
         white = torch.randn(self.means.shape[1], generator=generator, dtype=self.means.dtype)
         return self.means[k] + torch.linalg.cholesky(self.covariances[k]) @ white
@@ -81,3 +78,105 @@ def toy(seed: int = 0, components: int = 8) -> Mixture:
     weights = torch.full((components,), 1 / components, dtype=torch.float64)
     covariances = 0.5 * roots @ roots.mT / d + 1e-3 * torch.eye(d, dtype=torch.float64)
     return Mixture(weights, means, covariances)
+
+
+# Scenes ---------------------------------------------------------------------------------------------------
+
+SCENES = ("first field", "quarter", "4× averages")
+
+
+def scene(kind: str, generator: torch.Generator) -> dict[str, Operator]:
+    """What is observed of each field; which coordinates is drawn anew every time."""
+    if kind == "first field":
+        return {"image": Identity()}
+    if kind == "4× averages":
+        return {name: downsample((SIZE, 1, 1), (4, 1, 1)) for name in FIELDS.names}
+    seen = torch.zeros(2, SIZE, dtype=torch.bool)
+    seen.view(-1)[torch.randperm(2 * SIZE, generator=generator)[: SIZE // 2]] = True
+    return {name: voxels(seen[i, :, None, None]) for i, name in enumerate(FIELDS.names)}
+
+
+def as_matrix(operators: dict[str, Operator]) -> Float[Tensor, "m d"]:
+    """The observed rows of all operators, acting on both fields in one vector."""
+    basis = torch.eye(2 * SIZE, dtype=torch.float64).view(-1, 2, SIZE, 1, 1)
+    rows = torch.cat([A(basis[:, FIELDS.slice(name)]).flatten(1) for name, A in operators.items()], dim=1).T
+    return rows[(rows != 0).any(1)]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One truth, what was observed of it, and the exact posterior."""
+
+    observations: list[Observation]
+    posterior: Mixture
+    unobserved: Bool[Tensor, " d"]  # coordinates that no observation gives away alone
+
+
+def draw(mixture: Mixture, kind: str, sigma_y: float, seed: int) -> Draw:
+    generator = torch.Generator().manual_seed(seed)
+    truth = mixture.sample(generator).view(1, 2, SIZE, 1, 1)
+    observations = []
+    for name, operator in scene(kind, generator).items():
+        clean = operator(truth[:, FIELDS.slice(name)])
+        error = torch.randn(clean.shape, generator=generator, dtype=clean.dtype)
+        observations.append(Observation(name, clean + sigma_y * error, operator, sigma_y))
+    matrix = as_matrix({o.field: o.operator for o in observations})
+    y = torch.cat([o.y[o.seen > 0] for o in observations])
+    return Draw(observations, mixture.posterior(matrix, y, sigma_y), ~(matrix == 1).any(0))
+
+
+def together(draws: Sequence[Draw], samples: int) -> list[Observation]:
+    """The observations of several draws as one batch, each repeated for its samples."""
+
+    def repeat(tensors: list[Tensor]) -> Tensor:
+        return torch.cat(tensors).repeat_interleave(samples, dim=0)
+
+    batch = []
+    for same in zip(*(d.observations for d in draws), strict=True):
+        masks = [o.operator.seen for o in same if isinstance(o.operator, Mask)]
+        operator = Mask(repeat(masks)) if masks else same[0].operator
+        batch.append(Observation(same[0].field, repeat([o.y for o in same]), operator, same[0].sigma_y))
+    return batch
+
+
+# Scores ---------------------------------------------------------------------------------------------------
+
+Guide = Callable[[Denoise, Fields, Sequence[Observation]], Denoise]
+Sampler = Callable[[Denoise, Tensor, Sequence[torch.Generator]], Tensor]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Over unobserved coordinates and draws: RMS error of the mean, in posterior standard deviations, and
+    the sample's spread divided by the posterior's. `evaluations` of the denoiser for one sample."""
+
+    error: float
+    spread: float
+    evaluations: int
+
+
+def evaluate(
+    guide: Guide, sampler: Sampler, kind: str, *, sigma_y: float = 0.05, draws: int = 8, samples: int = 256,
+    mixtures: int = 2,
+) -> Score:  # fmt: skip
+    """Sample every posterior and compare with the exact one."""
+    errors, spreads, evaluations = [], [], 0
+    for mixture in map(toy, range(mixtures)):
+        denoise = mixture.denoiser()
+        cases = [draw(mixture, kind, sigma_y, seed) for seed in range(draws)]
+
+        def counted(z: Tensor, sigma: float, denoise: Denoise = denoise) -> Tensor:
+            nonlocal evaluations
+            evaluations += 1
+            return denoise(z, sigma)
+
+        generators = seeded(range(draws * samples))
+        white = noise(torch.zeros(draws * samples, 2, SIZE, 1, 1, dtype=torch.float64), generators)
+        z0 = sampler(guide(counted, FIELDS, together(cases, samples)), white, generators)
+        for case, found in zip(cases, z0.view(draws, samples, -1), strict=True):
+            deviation = case.posterior.covariance().diagonal().sqrt()
+            error = (found.mean(0) - case.posterior.mean()) / deviation
+            errors.append(error[case.unobserved].square().mean())
+            spreads.append((found.std(0) / deviation)[case.unobserved].square().mean())
+    error, spread = (float(torch.stack(squares).mean().sqrt()) for squares in (errors, spreads))
+    return Score(error, spread, evaluations // mixtures)

@@ -191,7 +191,7 @@ def _fill(model: nn.Module, folder: str | Path) -> None:
     try:
         model.load_state_dict(load(path.read_bytes()))
     except OSError as error:
-        raise GenMedError(f"{path}: cannot be read ({error.strerror}); give a trained peer's folder.") from error
+        raise GenMedError(f"{path}: {error.strerror}; give the folder of a trained peer.") from error
     except Exception as error:
         raise GenMedError(f"{path}: does not fit this plan; choose the same preset and labels.") from error
 

@@ -13,10 +13,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from genmed import match as matches
-from genmed.denoiser import Denoiser
+from genmed.denoiser import Denoiser, fast_arithmetic
 from genmed.errors import GenMedError
-from genmed.fields import probabilities
-from genmed.guide import Diverged, consistent, guided, retry
+from genmed.fields import Fields, probabilities
+from genmed.guide import Diverged, consistent, guided, misfit, retry
 from genmed.hub import Model
 from genmed.observe import Identity, Observation, Resample, masked, voxels
 from genmed.plan import Plan
@@ -36,7 +36,7 @@ MATCHES: dict[str, matches.Match] = {
 COARSE = 1.5  # voxels this much larger than the working spacing are an observation, not something to interpolate
 LARGEST_EXTENT = 1.6  # field of view that is believed, in units of the largest one seen in training
 SIGMA_Y = 0.05  # noise of an observed voxel, in standard deviations of the image
-STEPS = 16  # noise levels of a guided trajectory
+STEPS = 8  # noise levels of a guided trajectory
 TRAVELS = 1  # times each level of it is repeated
 SAMPLES = 4  # guided trajectories that are averaged
 CONDITIONAL_STEPS = 4  # noise levels of a label drawn given a complete image
@@ -92,8 +92,9 @@ def segment(
         mode: `conditional` (clean image, one evaluation, or a few per sample), `joint` (guided sampling of the
             pair; the paper's GenMed-Full), `joint-base` (only the image is steered), `restore-then-condition`
             (guided restoration of the image, then its label), or `auto`: conditional for a complete image at
-            about the working spacing, else restore-then-condition.
-        match: how the observed appearance relates to the model's: `none`, `affine`, `poly`, `labels`, `lncc`.
+            about the working spacing and without a match, else restore-then-condition.
+        match: how the observed appearance relates to the model's: `none`, `affine`, `poly`, `labels`, `lncc`, or
+            `auto`: affine for coarse voxels, whose averaging takes contrast away, else none.
         samples: how many to draw and average; default 1 (conditional) or 4.
         grid: result on the scan's own grid (`input`) or the working grid (`model`).
         observed: mask on the scan's grid; voxels where it is 0 are never looked at.
@@ -108,9 +109,9 @@ def segment(
     _check_options(mode, match, samples, grid)
     view = View.of(model.plan, scan, observed, slice_thickness_mm, roi_mm)
     if mode == "auto":
-        mode = "conditional" if view.complete else "restore-then-condition"
+        mode = "conditional" if view.complete and match in ("auto", "none") else "restore-then-condition"
     if match == "auto":
-        match = "none"
+        match = "affine" if view.coarse and mode != "conditional" else "none"
     count = samples or (1 if mode == "conditional" else SAMPLES)
     seeds = [seed * 10_007 + number for number in range(count)]
     with torch.no_grad():
@@ -203,7 +204,7 @@ class View:
             slice_profile(m, n, slice_thickness_mm, spacing * m / n)
             for m, n, spacing in zip(space.model.shape, shape, space.model.spacing_mm, strict=True)
         ]
-        visible = torch.from_numpy(weight[0] > 0.5)
+        visible = torch.from_numpy(weight[0] > 0.01)
         if not bool(visible.any()):
             raise GenMedError(f"{scan.path or 'scan'}: nothing was observed in the region; check --observed and --roi.")
         return cls(
@@ -326,7 +327,8 @@ def guided_pair(
         calls += 1
         if progress:
             progress(min(1.0, calls / total))
-        return denoiser(z, z.new_full((len(z), len(fields)), float(sigma)))
+        with fast_arithmetic(z.device.type):
+            return denoiser(z, z.new_full((len(z), len(fields)), float(sigma)))
 
     def sample(scale: float) -> Tensor:
         steered = guided(
@@ -354,10 +356,8 @@ def guided_pair(
     return soft, parts["image"], residual
 
 
-def _residual(z0: Tensor, fields: object, observation: Observation, match: matches.Match) -> float:
-    from genmed.guide import misfit
-
-    r = misfit(z0, fields, [observation], match)(z0)  # type: ignore[arg-type]
+def _residual(z0: Tensor, fields: Fields, observation: Observation, match: matches.Match) -> float:
+    r = misfit(z0, fields, [observation], match)(z0)
     return float((r.square().sum(1) / observation.seen.sum()).sqrt().mean())
 
 

@@ -1,0 +1,202 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from genmed import train as training
+from genmed.data.dataset import read_dataset
+from genmed.data.split import Split
+from genmed.errors import GenMedError
+from genmed.hub import load
+from genmed.train import CHECKPOINT, draw_batch, load_scans, make_plan, rate_at, train
+
+TINY = "from genmed import plan; plan.PRESETS['small'] = plan.Preset((8, 16), 6, 2, 1e-3)\n"
+
+
+@pytest.fixture
+def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Ten scans of a bright box on noise, in MSD layout, and a network small enough to train in a test."""
+    from genmed import plan
+
+    monkeypatch.setitem(plan.PRESETS, "small", plan.Preset(widths=(8, 16), steps=6, batch=2, learning_rate=1e-3))
+    folder = tmp_path / "boxes"
+    for part in ("imagesTr", "labelsTr"):
+        (folder / part).mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    names = [f"box_{i:03d}.nii.gz" for i in range(1, 11)]
+    for name in names:
+        label = np.zeros((14, 16, 12), np.uint8)
+        x, y, z = rng.integers(2, 6, 3)
+        label[x : x + 6, y : y + 6, z : z + 4] = 1
+        image = 100 * label + rng.normal(0, 20, label.shape)
+        nib.save(nib.Nifti1Image(image.astype(np.float32), np.eye(4)), folder / "imagesTr" / name)
+        nib.save(nib.Nifti1Image(label, np.eye(4)), folder / "labelsTr" / name)
+    (folder / "dataset.json").write_text(
+        json.dumps(
+            {
+                "name": "boxes",
+                "modality": {"0": "MRI"},
+                "labels": {"0": "background", "1": "box"},
+                "training": [{"image": f"./imagesTr/{n}", "label": f"./labelsTr/{n}"} for n in names],
+            }
+        )
+    )
+    return folder
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / CHECKPOINT)
+
+
+def assert_same_state(first: Path, second: Path) -> None:
+    a, b = weights(first), weights(second)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def test_training_writes_a_model_that_loads(dataset: Path, tmp_path: Path) -> None:
+    out = train(dataset, tmp_path / "model", preset="small", steps=3)
+    model = load(out)
+    assert model.plan.labels == ("background", "box")
+    assert json.loads((out / "split.json").read_text())["report"]
+    assert "tune dice" in (out / "card.md").read_text()
+
+
+def test_a_resumed_training_equals_an_uninterrupted_one(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(dataset, tmp_path / "whole", preset="small")
+
+    def stop_at_step_three(scans, plan, step, process=0):  # type: ignore[no-untyped-def]
+        if step == 3:
+            raise KeyboardInterrupt
+        return draw_batch(scans, plan, step, process)
+
+    monkeypatch.setattr(training, "draw_batch", stop_at_step_three)
+    with pytest.raises(KeyboardInterrupt):
+        train(dataset, tmp_path / "parts", preset="small")
+    monkeypatch.undo()
+    from genmed import plan
+
+    monkeypatch.setitem(plan.PRESETS, "small", plan.Preset(widths=(8, 16), steps=6, batch=2, learning_rate=1e-3))
+    train(dataset, tmp_path / "parts", preset="small", resume=True)
+    assert_same_state(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_killed_training_resumes_to_the_same_weights(dataset: Path, tmp_path: Path) -> None:
+    train(dataset, tmp_path / "whole", preset="small")
+    out = tmp_path / "killed"
+    script = TINY + (
+        "import time\n"
+        "from genmed import train as t\n"
+        "t.SAVE_EVERY_MINUTES = 0\n"
+        "draw = t.draw_batch\n"
+        "def slow(scans, plan, step, process=0):\n"
+        "    if step == 4: time.sleep(600)\n"
+        "    return draw(scans, plan, step, process)\n"
+        "t.draw_batch = slow\n"
+        f"t.train({str(dataset)!r}, {str(out)!r}, preset='small')\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while _step(out) < 4 and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.2)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert _step(out) == 4
+    train(dataset, out, preset="small", resume=True)
+    assert_same_state(tmp_path / "whole", out)
+
+
+def _step(folder: Path) -> int:
+    from safetensors import safe_open
+
+    if not (folder / CHECKPOINT).exists():
+        return 0
+    with safe_open(folder / CHECKPOINT, framework="pt") as file:
+        return int(file.metadata()["step"])
+
+
+def test_two_processes_train_one_model(dataset: Path, tmp_path: Path) -> None:
+    out = tmp_path / "both"
+    script = tmp_path / "launch.py"
+    script.write_text(
+        TINY
+        + "import torch, torch.distributed as dist\n"
+        + "from genmed import train as t\n"
+        + "final = {}\n"
+        + "fit = t.fit\n"
+        + "def watched(objective, *a, **k):\n"
+        + "    final['model'] = objective.model\n"
+        + "    return fit(objective, *a, **k)\n"
+        + "t.fit = watched\n"
+        + f"t.train({str(dataset)!r}, {str(out)!r}, preset='small', steps=3)\n"
+        + "flat = torch.cat([p.detach().flatten() for p in final['model'].parameters()])\n"
+        + "copies = [torch.empty_like(flat) for _ in range(2)]\n"
+        + "dist.all_gather(copies, flat)\n"
+        + "assert dist.get_world_size() == 2\n"
+        + "assert torch.equal(*copies), 'processes drifted apart'\n"
+        + "print('same weights', dist.get_rank())\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[:3000]
+    assert done.stdout.count("same weights") == 2
+    assert load(out).plan.name == "both"
+
+
+def test_batches_are_a_function_of_seed_step_and_process(dataset: Path) -> None:
+    data = read_dataset(dataset)
+    parts = Split("boxes", data.ids[:6], data.ids[6:8], data.ids[8:])
+    plan = make_plan(data, parts, "boxes", "small")
+    scans = load_scans(data, plan, parts.train)
+    first, again = (draw_batch(scans, plan, step=5) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first[:3], again[:3], strict=True))
+    assert first.image.shape == (2, 1, *plan.patch)
+    for other in (draw_batch(scans, plan, step=6), draw_batch(scans, plan, step=5, process=1)):
+        assert not torch.equal(first.image, other.image)
+
+
+def test_a_coarser_grid_keeps_the_field_of_view(dataset: Path) -> None:
+    data = read_dataset(dataset)
+    parts = Split("boxes", data.ids[:6], data.ids[6:8], data.ids[8:])
+    fine, coarse = (make_plan(data, parts, "boxes", "small", spacing) for spacing in (None, 2.0))
+    assert coarse.spacing_mm == (2.0, 2.0, 2.0)
+    for old, new in zip(fine.patch, coarse.patch, strict=True):
+        assert old <= 2 * new < old + 2 * coarse.patch_multiple
+
+
+def test_learning_rate_warms_up_and_ends_at_zero() -> None:
+    assert rate_at(0, 0.0) == pytest.approx(1 / training.WARM_UP_STEPS)
+    assert rate_at(10_000, 0.0) == 1.0
+    assert rate_at(10_000, 0.5) == pytest.approx(0.5)
+    assert rate_at(10_000, 1.0) == pytest.approx(0.0)
+
+
+def test_a_foreign_checkpoint_is_refused(dataset: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    out.mkdir()
+    (out / CHECKPOINT).write_bytes(b"not a checkpoint")
+    with pytest.raises(GenMedError, match=r"checkpoint\.safetensors: cannot resume"):
+        train(dataset, out, preset="small", resume=True)
+
+
+def test_starting_from_another_network_is_refused(dataset: Path, tmp_path: Path) -> None:
+    from genmed import plan
+
+    small = train(dataset, tmp_path / "small", preset="small", steps=1)
+    plan.PRESETS["small"] = plan.Preset(widths=(16, 32), steps=1, batch=2, learning_rate=1e-3)
+    with pytest.raises(GenMedError, match="does not fit this plan"):
+        train(dataset, tmp_path / "other", preset="small", init=small)
