@@ -128,9 +128,7 @@ def load_template() -> Volume:
     try:
         from nilearn.datasets import load_mni152_template
     except ImportError as error:
-        raise GenMedError(
-            'genmed demo needs the template brain in nilearn; run: pip install "genmed[demo]"'
-        ) from error
+        raise GenMedError('genmed demo needs the template brain in nilearn; run: pip install "genmed[demo]"') from error
     image = load_mni152_template(resolution=1)
     values = np.rint(255 * image.get_fdata(dtype=np.float32)).astype(np.uint8)  # nilearn divides by 255
     return Volume(values[None], image.affine, header=image.header)
@@ -164,9 +162,7 @@ def degrade(crop: Volume, plan: Plan) -> tuple[Input, Input, Input]:
     return (
         Input("clean", "Clean", crop, None, crop.data[0], everywhere),
         Input("8mm", f"{COARSE_MM} mm voxels", averages, None, _blocks(averages, crop), everywhere),
-        Input(
-            "half-slices", "Half the slices", crop.like(kept), crop.like(seen.astype(np.uint8)), kept[0], seen
-        ),
+        Input("half-slices", "Half the slices", crop.like(kept), crop.like(seen.astype(np.uint8)), kept[0], seen),
     )
 
 
@@ -176,9 +172,7 @@ def _blocks(coarse: Volume, crop: Volume) -> np.ndarray:
     return np.asarray(coarse.data[0][np.ix_(*index)])
 
 
-def examine(
-    model: Model, crop: Volume, item: Input, seed: int = 0, progress: Progress | None = None
-) -> Outcome:
+def examine(model: Model, crop: Volume, item: Input, seed: int = 0, progress: Progress | None = None) -> Outcome:
     """Segment one input and bring the result to the crop's grid, whatever the model's spacing."""
     coarse = item.scan.grid.shape != crop.grid.shape
     result = segment(
@@ -200,9 +194,7 @@ def examine(
     return Outcome(item, result, labels, chances, image)
 
 
-def label_map(
-    template: Volume, spaces: dict[str, Space], labels: dict[str, np.ndarray], plan: Plan
-) -> Volume:
+def label_map(template: Volume, spaces: dict[str, Space], labels: dict[str, np.ndarray], plan: Plan) -> Volume:
     """Both sides on the template's grid, with a value and a name of their own for each side's structures."""
     whole = np.zeros(template.data.shape, dtype=np.int32)
     names = {0: plan.labels[0]}
@@ -232,8 +224,7 @@ def summarise(outcomes: Outcomes, model: Model) -> dict[str, Any]:
         "samples": SAMPLES,
         "box_mm": {"left": BOX_MM, "right": ((-BOX_MM[0][1], -BOX_MM[0][0]), *BOX_MM[1:])},
         "sides": {
-            side: {o.input.key: _measured(o, outcomes[side][0], model.plan) for o in outcomes[side]}
-            for side in SIDES
+            side: {o.input.key: _measured(o, outcomes[side][0], model.plan) for o in outcomes[side]} for side in SIDES
         },
     }
 

@@ -127,20 +127,20 @@ def consistent(
     observations: Sequence[Observation],
     *,
     match: Match = none,
-    length: float = 1.0,
+    length: float = 2.0,
     amplitude: float = 0.3,
     iterations: int = 20,
 ) -> Float[Tensor, "b c x y z"]:
     """Add to the observed fields what a sample still misses of the observations; a few cheap iterations.
 
-    What is missed is taken as a Gaussian process with covariance C = amplitude² exp(−d² / 2 length²), d in
-    voxels: z₀ + C Aᵀ (A C Aᵀ + σ_y²)⁻¹ (y − A z₀), solved by conjugate gradients. `length=0` is white noise
-    (Tikhonov). Other fields are returned as they are.
+    What is missed is taken as a Gaussian process with covariance C = amplitude² exp(−d / length), d the
+    city-block distance in voxels: z₀ + C Aᵀ (A C Aᵀ + σ_y²)⁻¹ (y − A z₀), solved by conjugate gradients.
+    `length=0` is white noise (Tikhonov). Other fields are returned as they are.
     """
     residual = misfit(z0, fields, observations, match)
     r, pullback = torch.func.vjp(residual, z0)  # type: ignore[misc]
     steered = _steered(fields, observations, "observed").to(z0)
-    kernels = [amplitude ** (2 / 3) * _gaussian(n, length).to(z0) for n in z0.shape[2:]]
+    kernels = [amplitude ** (2 / 3) * _covariance(n, length).to(z0) for n in z0.shape[2:]]
 
     def spread(v: Tensor) -> Tensor:
         return -apply_matrices(steered * pullback(v)[0], kernels)
@@ -151,10 +151,10 @@ def consistent(
     return z0 + spread(_conjugate_gradients(system, r, iterations))
 
 
-def _gaussian(size: int, length: float) -> Float[Tensor, "n n"]:
-    """Covariance exp(−d² / 2 length²) of the voxels along one axis."""
+def _covariance(size: int, length: float) -> Float[Tensor, "n n"]:
+    """exp(−d / length) of the voxels along one axis."""
     position = torch.arange(size, dtype=torch.float64)
-    return torch.exp(-0.5 * ((position[:, None] - position) / max(length, 1e-3)) ** 2)
+    return torch.exp(-(position[:, None] - position).abs() / max(length, 1e-3))
 
 
 def _conjugate_gradients(

@@ -83,9 +83,7 @@ def probability(values: np.ndarray, zoom: int = 1) -> np.ndarray:
     anchors = np.linspace(0, 1, len(PROBABILITY_COLOURS))
     table = np.array(PROBABILITY_COLOURS, dtype=float)
     shown = _upright(np.clip(np.nan_to_num(values), 0, 1), zoom)
-    return np.stack(
-        [np.rint(np.interp(shown, anchors, table[:, c])).astype(np.uint8) for c in range(3)], axis=-1
-    )
+    return np.stack([np.rint(np.interp(shown, anchors, table[:, c])).astype(np.uint8) for c in range(3)], axis=-1)
 
 
 def png(picture: np.ndarray) -> bytes:
@@ -318,6 +316,7 @@ th:first-child { text-align: left }
 th:last-child, td:last-child { padding-right: 0 }
 thead th {
   color: var(--soft); font-size: .85rem; font-weight: 600; line-height: 1.35; white-space: normal;
+  min-width: 5rem;
   vertical-align: bottom;
 }
 tbody th { font-weight: 600 }
@@ -352,7 +351,7 @@ def contact_sheet(panel: Panel, rows: Sequence[int], legend: Sequence[Key] = ())
     size = (_MARGIN + len(panel.columns) * width, bottom + (_LINE if legend else _GAP))
     sheet = Image.new("RGB", size, _SHEET_PAPER)
     for column, title in enumerate(panel.columns):
-        _write(sheet, title, (_MARGIN + (column + 0.5) * width - _GAP / 2, _LINE / 2), "mm")
+        _write(sheet, title, (_MARGIN + (column + 0.5) * width - _GAP / 2, _LINE / 2), "mm", width=28)
     for row, (title, cells) in enumerate(chosen):
         _write(sheet, title, (2 * _GAP, _LINE + (row + 0.5) * height - _GAP / 2), "lm")
         for column, cell in enumerate(cells):

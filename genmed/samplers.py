@@ -1,6 +1,5 @@
 """Samplers: pure functions that walk σ from high to low with any `denoise(z, sigma) -> z0_hat`."""
 
-import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -10,6 +9,8 @@ from torch import Tensor
 
 Denoise = Callable[[Tensor, float], Tensor]
 Callback = Callable[[int, float, Tensor, Tensor], None]  # (step, sigma, z, z0_hat)
+
+STEPS, TRAVELS = 16, 3  # default of guided sampling with `time_travel`; docs/experiments.md says why
 
 
 def schedule(sigma_max: float, sigma_min: float, steps: int, rho: float = 7) -> Float[Tensor, " steps+1"]:
@@ -24,7 +25,7 @@ def seeded(seeds: Sequence[int], device: torch.device | str = "cpu") -> list[tor
     return [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
 
-def noise(like: Float[Tensor, " b *cxyz"], generators: Sequence[torch.Generator]) -> Float[Tensor, " b *cxyz"]:
+def noise(like: Float[Tensor, " b *n"], generators: Sequence[torch.Generator]) -> Float[Tensor, " b *n"]:
     """White noise of unit variance; sample i is drawn from generator i."""
     return torch.stack([torch.randn(like.shape[1:], generator=generator, dtype=like.dtype, device=like.device)
                         for generator in generators])  # fmt: skip
@@ -89,14 +90,15 @@ def time_travel(
     travels: int,
     generators: Sequence[torch.Generator],
     *,
-    eta: float = 0.0,
-    between: tuple[float, float] = (0.0, math.inf),
+    eta: float = 1.0,
+    between: tuple[float, float] = (0.1, 3.0),
     callback: Callback | None = None,
 ) -> Float[Tensor, "b c x y z"]:
     """Steps of `ancestral` (of `euler` with eta 0), each undone by re-noising and repeated `travels` times.
 
     Going back lets the fields agree at a level before it is left (RePaint, arXiv 2201.09865, algorithm 1;
-    FreeDoM, arXiv 2303.09833, section 4.3). Only levels `between` two values of σ are repeated.
+    FreeDoM, arXiv 2303.09833, section 4.3). Only levels `between` two values of σ, where the content of data
+    of unit variance is decided, are repeated.
     """
     for step, (sigma, following) in enumerate(pairwise(sigmas.tolist())):
         repeats = travels if between[0] <= sigma <= between[1] else 0

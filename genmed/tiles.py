@@ -56,7 +56,7 @@ def tiled_logits(
 
 
 def tile_starts(size: int, patch: int, overlap: float) -> list[int]:
-    """First voxels of the fewest evenly spread patches that cover `size` voxels and overlap at least so much."""
+    """First voxels of the fewest evenly spread patches that cover an axis and overlap at least so much."""
     if not 0 <= overlap < 1:
         raise ValueError(f"overlap is {overlap}; give a share of the patch from 0 up to, not including, 1")
     if patch >= size:

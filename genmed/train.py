@@ -72,7 +72,8 @@ def draw_batch(scans: Sequence[Scan], plan: Plan, step: int, process: int = 0) -
     seed = ((plan.seed * 1_000_003 + step) * 1_009 + process) % 2**62
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randint(len(scans), (plan.batch,), generator=generator).tolist()
-    patches = [random_patch(*scans[i], plan.patch, generator, plan.thick_slices) for i in chosen]
+    pairs = [scans[i] for i in chosen]
+    patches = [random_patch(x, y, plan.patch, generator, plan.thick_slices) for x, y in pairs]
     image, label, inside = (torch.stack(parts) for parts in zip(*patches, strict=True))
     return Batch(image, label.long(), inside, seed)
 
@@ -143,9 +144,10 @@ def fit(
                 if log:
                     log.losses(losses, step)
                     bar.update(task, completed=step, note=_note(log, minutes, max_minutes))
-                if chief and validate and minutes - validated >= validate_every_minutes:
-                    log and log.scores(validate(average.model), step, minutes)
-                    log and picture and log.picture(picture(average.model), step)
+                if log and validate and minutes - validated >= validate_every_minutes:
+                    log.scores(validate(average.model), step, minutes)
+                    if picture:
+                        log.picture(picture(average.model), step)
                     validated = minutes
                 if minutes - saved >= SAVE_EVERY_MINUTES:
                     save()
@@ -178,7 +180,7 @@ class _Average:
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:
-    return Batch(*(part.to(device) if isinstance(part, Tensor) else part for part in batch))
+    return Batch(batch.image.to(device), batch.label.to(device), batch.inside.to(device), batch.seed)
 
 
 def _agreed(minutes: float, accelerator: Accelerator) -> float:
@@ -367,7 +369,8 @@ def make_plan(
 
 def _draw_split(dataset: Dataset, out: Path, seed: int) -> Split:
     subjects = {id: person(dataset.name, id) for id in dataset.ids}
-    split = Split(dataset.name, **three_way(subjects, seed))
+    parts = three_way(subjects, seed)
+    split = Split(dataset.name, parts["train"], parts["tune"], parts["report"])
     if PartialState().is_main_process:
         write_split(out / "split.json", split, subjects)
     return split

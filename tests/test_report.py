@@ -54,9 +54,7 @@ class Outline(HTMLParser):
 
     def pictures(self) -> list[np.ndarray]:
         sources = [attributes["src"] or "" for tag, attributes in self.tags if tag == "img"]
-        return [
-            decoded(base64.b64decode(source.removeprefix("data:image/png;base64,"))) for source in sources
-        ]
+        return [decoded(base64.b64decode(source.removeprefix("data:image/png;base64,"))) for source in sources]
 
 
 def decoded(content: bytes) -> np.ndarray:
@@ -96,9 +94,7 @@ def test_pictures_on_the_page_decode_to_what_was_given() -> None:
 def test_page_suits_dark_mode_and_phones() -> None:
     html = report.render(PAGE)
     assert "prefers-color-scheme: dark" in html
-    assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in Outline(
-        html
-    ).tags
+    assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in Outline(html).tags
 
 
 def test_text_from_outside_cannot_become_markup() -> None:

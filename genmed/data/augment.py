@@ -69,12 +69,12 @@ def _random_start(size: int, patch: int, generator: Generator) -> int:
 
 def crop_or_pad(array: Tensor, start: list[int], patch: tuple[int, int, int]) -> Tensor:
     """Cut the box that begins at `start` (which may be negative) from the last three axes; zeros outside."""
-    pads, slices = [], []
+    pads: list[tuple[int, int]] = []
+    slices: list[slice] = []
     for n, s, p in zip(array.shape[-3:], start, patch, strict=True):
         slices.append(slice(max(s, 0), min(s + p, n)))
         pads.append((max(-s, 0), max(s + p - n, 0)))
-    cut = array[(..., *slices)]
-    return F.pad(cut, [amount for pair in reversed(pads) for amount in pair])
+    return F.pad(array[..., slices[0], slices[1], slices[2]], [amount for pair in reversed(pads) for amount in pair])
 
 
 def rotation(angles: dict[int, float]) -> Float[Tensor, "3 3"]:

@@ -1,5 +1,7 @@
 """A 3D U-Net conditioned on noise levels. It knows nothing of tasks, fields or geometry."""
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -24,7 +26,7 @@ class UNet(nn.Module):
         )
         self.rise = nn.ModuleList(
             nn.ConvTranspose3d(wide, narrow, kernel_size=2, stride=2)
-            for narrow, wide in zip(widths, widths[1:], strict=False)
+            for narrow, wide in pairwise(widths)
         )
         self.up = nn.ModuleList(DoubleConv(2 * width, width, embed, stride=1) for width in widths[:-1])
         self.head = nn.Conv3d(widths[0], out_channels, kernel_size=1)

@@ -1,0 +1,237 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from genmed.denoiser import Denoiser, build
+from genmed.errors import GenMedError
+from genmed.hub import Card, Model, save_model
+from genmed.plan import Plan
+from genmed.space import Space, apply_matrices, overlap_matrix
+from genmed.tasks.segment import MATCHES, View, conditional, segment, slice_profile
+from genmed.volume import Volume
+
+PLAN = Plan(
+    name="tiny",
+    channels=("T1",),
+    labels=("background", "front", "back"),
+    label_values=(0, 1, 5),
+    spacing_mm=(1.0, 1.0, 1.0),
+    patch=(16, 16, 16),
+    widths=(8, 16),
+    batch=1,
+    steps=1,
+    learning_rate=1e-3,
+    thick_slices=False,
+    extent_mm=(40.0, 40.0, 40.0),
+)
+OBLIQUE = np.array([[0.0, -0.98, 0.199, 10], [-1.0, 0, 0, 20], [0, 0.199, 0.98, -5], [0, 0, 0, 1]])
+GUIDED = ("joint", "joint-base", "restore-then-condition")
+
+
+def random_denoiser() -> Denoiser:
+    torch.manual_seed(0)
+    denoiser = build(PLAN)
+    for weight in denoiser.parameters():
+        torch.nn.init.normal_(weight, std=0.15)
+    return denoiser.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return Model(plan=PLAN, denoiser=random_denoiser(), folder=None, sha256="0" * 64)
+
+
+def scan(shape: tuple[int, int, int] = (10, 12, 9), affine: np.ndarray = OBLIQUE, seed: int = 0) -> Volume:
+    data = np.random.default_rng(seed).normal(100, 20, (1, *shape)).astype(np.float32)
+    return Volume(data=data, affine=affine)
+
+
+def slices_seen(of: Volume, every: int = 3) -> Volume:
+    mask = np.zeros((1, *of.grid.shape), np.uint8)
+    mask[..., ::every] = 1
+    return of.like(mask)
+
+
+@pytest.mark.parametrize("mode", ["conditional", *GUIDED])
+def test_output_grid_is_bit_equal_to_input(model: Model, mode: str) -> None:
+    image = scan()
+    result = segment(model, image, mode=mode, samples=1)
+    assert result.mode == mode
+    assert result.labels.data.shape == image.data.shape
+    assert np.array_equal(result.labels.affine, image.affine)
+    assert set(np.unique(result.labels.data)) <= {0, 1, 5}
+    assert result.labels.label_names == {0: "background", 1: "front", 5: "back"}
+
+
+def test_model_grid_covers_the_same_field_of_view(model: Model) -> None:
+    coarse = scan((5, 6, 3), OBLIQUE @ np.diag([2, 2, 4, 1]))
+    result = segment(model, coarse, grid="model", samples=1)
+    assert result.labels.grid.shape == (12, 10, 12)
+    for a, b in zip(*(sorted(v.grid.corners_mm().tolist()) for v in (coarse, result.labels)), strict=True):
+        assert a == pytest.approx(b)
+    assert result.image is not None and result.image.grid.shape == (12, 10, 12)
+
+
+@pytest.mark.parametrize("mode", ["conditional", *GUIDED])
+def test_same_seed_gives_the_same_bytes(model: Model, mode: str) -> None:
+    first, again = (segment(model, scan(), mode=mode, samples=2, seed=3) for _ in range(2))
+    assert first.labels.data.tobytes() == again.labels.data.tobytes()
+    assert first.probabilities is not None and again.probabilities is not None
+    assert first.probabilities.data.tobytes() == again.probabilities.data.tobytes()
+    assert first.volume_ml == again.volume_ml
+
+
+def test_a_batch_of_two_images_equals_two_single_runs(model: Model) -> None:
+    images = torch.randn(2, 1, 9, 10, 11, generator=torch.Generator().manual_seed(0))
+    both = conditional(model.denoiser, images)
+    for i in range(2):
+        torch.testing.assert_close(conditional(model.denoiser, images[i : i + 1]), both[i : i + 1], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("mode", ["auto", "conditional", *GUIDED])
+@pytest.mark.parametrize("match", ["auto", *MATCHES])
+def test_values_that_were_not_observed_cannot_change_a_byte(model: Model, mode: str, match: str) -> None:
+    if mode in ("conditional", "joint", "joint-base") and match != "auto":
+        match = "affine"
+    image = scan()
+    observed = slices_seen(image)
+    hidden = np.where(observed.data > 0, image.data, np.float32(np.nan))
+    wild = np.where(observed.data > 0, image.data, 1e6 * image.data[:, ::-1]).astype(np.float32)
+    results = [
+        segment(model, image.like(data), mode=mode, match=match, observed=observed, samples=1)
+        for data in (image.data, hidden, wild)
+    ]
+    for other in results[1:]:
+        assert other.labels.data.tobytes() == results[0].labels.data.tobytes()
+        assert other.probabilities is not None and results[0].probabilities is not None
+        assert other.probabilities.data.tobytes() == results[0].probabilities.data.tobytes()
+        assert (other.mode, other.match, other.residual) == (results[0].mode, results[0].match, results[0].residual)
+        if other.image is not None and results[0].image is not None:
+            assert other.image.data.tobytes() == results[0].image.data.tobytes()
+
+
+def test_the_command_line_does_not_leak_either(tmp_path: Path) -> None:
+    save_model(tmp_path / "model", PLAN, random_denoiser().state_dict(), Card("tiny", "none", "none"))
+    image = scan()
+    observed = slices_seen(image)
+    observed.save(tmp_path / "mask.nii.gz")
+    written = []
+    for name, factor in (("a", 1.0), ("b", -50.0)):
+        data = np.where(observed.data > 0, image.data, factor * image.data).astype(np.float32)
+        (tmp_path / name).mkdir()
+        image.like(data).save(tmp_path / name / "scan.nii.gz")
+        command = ["segment", str(tmp_path / name / "scan.nii.gz"), "--model", str(tmp_path / "model")]
+        options = ["--observed", str(tmp_path / "mask.nii.gz"), "--samples", "1", "--probabilities", "--preview"]
+        out = ["--out", str(tmp_path / name / "out")]
+        subprocess.run([sys.executable, "-m", "genmed.cli", *command, *options, *out], check=True, capture_output=True)
+        files = sorted(p for p in (tmp_path / name / "out").iterdir() if p.name != "manifest.json")
+        written.append({p.name: _content(p) for p in files})
+    assert len(written[0]) >= 4
+    assert written[0] == written[1]
+
+
+def _content(path: Path) -> bytes:
+    import gzip
+
+    return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+
+
+def test_automatic_mode_restores_coarse_and_incomplete_scans_only(model: Model) -> None:
+    image = scan()
+    assert segment(model, image).mode == "conditional"
+    assert segment(model, image, observed=slices_seen(image), samples=1).mode == "restore-then-condition"
+    assert segment(model, scan((3, 3, 3), np.diag([4.0, 4, 4, 1])), samples=1).mode == "restore-then-condition"
+    assert segment(model, image, match="affine", samples=1).mode == "restore-then-condition"
+
+
+def test_restored_image_agrees_with_what_was_observed(model: Model) -> None:
+    coarse = scan((4, 4, 4), np.diag([3.0, 3, 3, 1]))
+    result = segment(model, coarse, match="none", samples=1)
+    assert result.image is not None
+    measured = apply_matrices(result.image.data, [overlap_matrix(12, 4)] * 3)
+    assert np.abs(measured - coarse.data).max() < 0.25 * coarse.data.std()
+    assert result.residual < 3
+
+
+def test_samples_give_volume_intervals_and_probabilities(model: Model) -> None:
+    result = segment(model, scan(), mode="joint", samples=4)
+    assert set(result.volume_ml) == {"front", "back"}
+    for interval in result.volume_ml.values():
+        assert interval.low <= interval.mean <= interval.high
+    assert result.probabilities is not None
+    np.testing.assert_allclose(result.probabilities.data.sum(axis=0), 1, atol=1e-4)
+
+
+def test_steering_the_image_alone_gives_another_pair(model: Model) -> None:
+    both, base = (segment(model, scan(), mode=mode, samples=1) for mode in ("joint", "joint-base"))
+    assert both.probabilities is not None and base.probabilities is not None
+    assert not np.array_equal(both.probabilities.data, base.probabilities.data)
+
+
+def test_a_region_of_interest_leaves_the_rest_background(model: Model) -> None:
+    image = scan((20, 20, 20), np.eye(4))
+    result = segment(model, image, roi_mm=((3.5, 10.5), (2.5, 12.5), (4.5, 11.5)))
+    outside = np.ones((20, 20, 20), bool)
+    outside[4:11, 3:13, 5:12] = False
+    assert result.labels.grid.shape == (20, 20, 20)
+    assert not result.labels.data[0][outside].any()
+
+
+def test_a_scan_larger_than_the_training_crops_is_refused_with_advice(model: Model) -> None:
+    with pytest.raises(GenMedError, match="--roi"):
+        segment(model, scan((80, 20, 20), np.eye(4)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mode": "magic"}, "mode 'magic' is unknown; choose one of auto"),
+        ({"match": "magic"}, "match 'magic' is unknown"),
+        ({"grid": "other"}, "grid 'other' is unknown"),
+        ({"samples": 0}, "samples must be at least 1"),
+    ],
+)
+def test_unknown_options_are_refused(model: Model, change: dict, message: str) -> None:
+    with pytest.raises(GenMedError, match=message):
+        segment(model, scan(), **change)
+
+
+def test_a_wrong_number_of_channels_is_refused(model: Model) -> None:
+    image = scan()
+    with pytest.raises(GenMedError, match="has 2 channel"):
+        segment(model, image.like(np.concatenate([image.data, image.data])))
+
+
+def test_a_mask_that_observes_nothing_is_refused(model: Model) -> None:
+    image = scan()
+    with pytest.raises(GenMedError, match="observes nothing"):
+        segment(model, image, observed=image.like(np.zeros_like(image.data, dtype=np.uint8)))
+
+
+@given(st.integers(1, 12), st.integers(1, 6), st.floats(0.1, 1.0))
+@settings(max_examples=50, deadline=None)
+def test_slice_profiles_are_averages_and_full_slices_are_overlaps(n_y: int, ratio: int, share: float) -> None:
+    n_model = n_y * ratio
+    thin = slice_profile(n_model, n_y, share * ratio, float(ratio))
+    np.testing.assert_allclose(thin.sum(axis=1), 1, rtol=1e-5)
+    assert (thin >= 0).all()
+    np.testing.assert_allclose(slice_profile(n_model, n_y, None, float(ratio)), overlap_matrix(n_model, n_y), atol=1e-6)
+
+
+def test_thin_slices_see_only_their_middle() -> None:
+    profile = slice_profile(8, 2, 2.0, 4.0)
+    assert profile.tolist() == [[0, 0.5, 0.5, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0.5, 0.5, 0]]
+
+
+def test_the_view_of_a_complete_scan_is_the_scan_on_the_working_grid(model: Model) -> None:
+    image = scan()
+    view = View.of(PLAN, image)
+    assert view.complete
+    expected = Space.fit(image.grid, PLAN.spacing_mm).to_model(view.intensity.normalise(image.data))
+    np.testing.assert_allclose(view.image[0].numpy(), expected, atol=1e-6)
