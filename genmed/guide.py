@@ -57,7 +57,7 @@ def guided(
         relax: over-relaxation of the line search. 2 recovers the exact posterior of the toy best.
         gamma, sigma_data: of the variance method.
         scale: shortens every step; below 1 after a failure.
-        limit: largest believable root mean square of a field, in units of z.
+        limit: largest believable root mean square of an estimate, in units of z.
 
     Raises:
         Diverged: from the returned callable, when the denoiser's own estimate is out of range.

@@ -11,7 +11,7 @@ from genmed.data.augment import augment_intensity
 from genmed.denoiser import Denoiser
 from genmed.fields import one_hot
 
-MIXTURE = {"conditional": 0.6, "equal": 0.24, "independent": 0.08, "partial": 0.08}
+MIXTURE = {"conditional": 0.7, "equal": 0.2, "independent": 0.05, "partial": 0.05}
 LOG_SIGMA = (0.0, 1.2)  # mean and standard deviation of ln σ: about the level at which most is decided
 
 

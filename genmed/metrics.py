@@ -163,13 +163,13 @@ def _pairs(
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Label files of a folder by id."""
+    """Label files of a folder by id; hidden files and `genmed segment --probabilities` are not labels."""
     if not folder.is_dir():
         raise GenMedError(f"{folder}: is not a folder; give a folder of label maps such as ID.nii.gz.")
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         ending = next((e for e in LABEL_ENDINGS if path.name.endswith(e)), None)
-        if ending is not None and not path.name.startswith("."):
+        if ending is not None and not path.name.startswith(".") and ".probabilities" not in path.name:
             found[path.name.removesuffix(ending)] = path
     if not found:
         raise GenMedError(f"{folder}: holds no label maps; expected files such as ID.nii.gz.")

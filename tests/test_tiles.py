@@ -1,5 +1,7 @@
 """Patches cover everything, leave no seam, and cost the memory of one patch."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -28,7 +30,7 @@ def test_patches_cover_every_voxel_and_overlap_at_least_as_asked(size: int, patc
     assert starts[0] == 0
     assert starts[-1] == size - patch
     stride = max(1, int(patch * (1 - overlap)))
-    assert all(0 < following - start <= stride for start, following in zip(starts, starts[1:], strict=False))
+    assert all(0 < following - start <= stride for start, following in pairwise(starts))
 
 
 def test_overlap_of_one_or_more_is_refused() -> None:

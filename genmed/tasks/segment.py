@@ -58,7 +58,8 @@ class Segmentation:
     """What `segment` found.
 
     `volume_ml` holds an interval for every structure if there were at least two samples. `residual` is the
-    root mean square of what the model could not explain of the observation, in units of its noise.
+    root mean square of what the model could not explain of the observation, in units of its noise; it is 0
+    in conditional mode, which takes the image as exact.
     """
 
     labels: Volume
@@ -402,13 +403,14 @@ def _result(
 
 
 def _volumes(plan: Plan, space: Space, soft: Float[Tensor, "s k x y z"]) -> dict[str, Interval]:
-    """Volume of every structure over the samples: expected voxels times the size of one."""
+    """Volume of every structure over the samples, each counted in its own label map."""
     if len(soft) < 2:
         return {}
     voxel_ml = float(np.prod(space.model.spacing_mm)) / 1000
-    volumes = soft.sum(dim=(2, 3, 4)).double() * voxel_ml
+    classes = soft.argmax(dim=1)
     result = {}
     for number, name in enumerate(plan.labels[1:], start=1):
-        low, high = np.quantile(volumes[:, number].numpy(), [0.025, 0.975])
-        result[name] = Interval(float(volumes[:, number].mean()), float(low), float(high))
+        volumes = (classes == number).sum(dim=(1, 2, 3)).double().numpy() * voxel_ml
+        low, high = np.quantile(volumes, [0.025, 0.975])
+        result[name] = Interval(float(volumes.mean()), float(low), float(high))
     return result
