@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from genmed import report
+from genmed.degrade import coarser
 from genmed.errors import GenMedError
 from genmed.files import write_bytes, write_json
 from genmed.hub import Model, load
@@ -154,8 +155,7 @@ def degrade(crop: Volume, plan: Plan) -> tuple[Input, Input, Input]:
     A missing slice is as thick as the model's voxel, 1 mm for the bundled model; its values are erased here.
     """
     everywhere = np.ones(crop.grid.shape, dtype=bool)
-    coarse = Space.fit(crop.grid, (COARSE_MM,) * 3)
-    averages = Volume(coarse.to_model(crop.data), coarse.model.affine)
+    averages = coarser(crop, COARSE_MM)
     slab = max(1, round(plan.spacing_mm[1] / crop.spacing_mm[1]))
     seen = everywhere & (np.arange(crop.grid.shape[1]) // slab % 2 == 0)[:, None]
     kept = np.where(seen, crop.data, 0)
@@ -405,7 +405,7 @@ def _table(statistics: dict[str, Any], plan: Plan) -> Table:
         for key, row in table.items()
     )
     notes = (
-        f"Small print under a volume: 95 % interval of its expected value over {SAMPLES} samples. "
+        f"Small print under a volume: central 95 % interval over the {SAMPLES} samples. "
         "Change and Dice: against the clean result of the same side. "
         f"In doubt: voxels with a probability of hippocampus between {DOUBT[0]} and {DOUBT[1]}.",
     )

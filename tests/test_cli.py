@@ -442,7 +442,13 @@ def test_ctrl_c_ends_a_real_process_with_130(tmp_path: Path) -> None:
         "sys.argv = ['genmed', 'data', 'fetch', 'hippocampus', '--out', 'data']\n"
         "from genmed.cli import main\nmain()\n"
     )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=PIPE, stderr=PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=PIPE,
+        stderr=PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background job ignores it
+    ) as process:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=30)

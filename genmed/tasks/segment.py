@@ -193,8 +193,11 @@ class View:
             )
         space = Space.fit(scan.grid, plan.spacing_mm, slice_axis_last=plan.thick_slices, roi_mm=roi_mm)
         _check_extent(plan, space, scan)
-        intensity = Intensity.fit(data, mask)
-        fine, seen = space.orient(intensity.normalise(data) * mask), space.orient(mask[None].astype(np.float32))
+        fine, seen = space.orient(data), space.orient(mask[None].astype(np.float32))
+        if not seen.any():
+            raise GenMedError(f"{scan.path or 'scan'}: nothing was observed in the region; check --observed and --roi.")
+        intensity = Intensity.fit(fine, seen[0] > 0)
+        fine = intensity.normalise(fine) * seen
         scale = [m / o for m, o in zip(space.model.shape, space.oriented, strict=True)]
         coarse_axes = [ratio > COARSE for ratio in scale]
         shape = [o if c else m for o, m, c in zip(space.oriented, space.model.shape, coarse_axes, strict=True)]
@@ -206,8 +209,6 @@ class View:
             for m, n, spacing in zip(space.model.shape, shape, space.model.spacing_mm, strict=True)
         ]
         visible = torch.from_numpy(weight[0] > 0.01)
-        if not bool(visible.any()):
-            raise GenMedError(f"{scan.path or 'scan'}: nothing was observed in the region; check --observed and --roi.")
         return cls(
             space, intensity, torch.from_numpy(y).float()[None] * visible, visible,
             tuple(torch.from_numpy(m).float() for m in matrices), any(coarse_axes),  # type: ignore[arg-type]
