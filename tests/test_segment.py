@@ -235,3 +235,16 @@ def test_the_view_of_a_complete_scan_is_the_scan_on_the_working_grid(model: Mode
     assert view.complete
     expected = Space.fit(image.grid, PLAN.spacing_mm).to_model(view.intensity.normalise(image.data))
     np.testing.assert_allclose(view.image[0].numpy(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["conditional", "restore-then-condition"])
+def test_a_scan_too_large_for_one_evaluation_goes_patch_by_patch(
+    model: Model, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    largest: list[int] = []
+    monkeypatch.setattr("genmed.tasks.segment.TILED_ABOVE", 1000)
+    handle = model.denoiser.net.register_forward_pre_hook(lambda _, x: largest.append(x[0][0, 0].numel()))
+    result = segment(model, scan((20, 18, 33), np.eye(4)), mode=mode, samples=1)
+    handle.remove()
+    assert max(largest) <= 16**3 and len(largest) > 4
+    assert result.labels.grid.shape == (20, 18, 33)

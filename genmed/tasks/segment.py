@@ -22,7 +22,7 @@ from genmed.observe import Identity, Observation, Resample, masked, voxels
 from genmed.plan import Plan
 from genmed.samplers import noise, schedule, seeded, time_travel
 from genmed.space import Intensity, Space, apply_matrices, resample_matrix
-from genmed.tiles import tiled_logits
+from genmed.tiles import tiled, tiled_logits
 from genmed.volume import Volume, check_image, require_3d, require_same_grid
 
 MODES = ("auto", "conditional", "joint", "joint-base", "restore-then-condition")
@@ -40,7 +40,7 @@ STEPS = 8  # noise levels of a guided trajectory
 TRAVELS = 1  # times each level of it is repeated
 SAMPLES = 4  # guided trajectories that are averaged
 CONDITIONAL_STEPS = 4  # noise levels of a label drawn given a complete image
-TILED_ABOVE = 2_000_000  # voxels of the working grid above which the conditional mode goes patch by patch
+TILED_ABOVE = 2_000_000  # voxels of the working grid above which the network goes patch by patch
 
 Progress = Callable[[float], None]
 
@@ -295,18 +295,28 @@ def conditional(
             sigma = part.new_tensor([[0.0, denoiser.sigma_max]]).expand(len(part), -1)
             return denoiser.outputs(z, sigma)["label"].softmax(dim=1)
 
-        if patch is not None and image[0, 0].numel() > TILED_ABOVE:
-            return tiled_logits(hidden_label, image, classes, patch)
-        return hidden_label(image)
+        return _whole_or_tiled(hidden_label, image, classes, patch)
     image = image.expand(len(seeds), *image.shape[1:])
     sigmas = schedule(denoiser.sigma_max, 0.5, CONDITIONAL_STEPS)
 
     def label_given_image(z_label: Tensor, sigma: float) -> Tensor:
-        levels = z_label.new_tensor([[0.0, sigma]]).expand(len(z_label), -1)
-        return fields.split(denoiser(torch.cat([image, z_label], dim=1), levels))["label"]
+        def network(z: Tensor) -> Tensor:
+            return fields.split(denoiser(z, z.new_tensor([[0.0, sigma]]).expand(len(z), -1)))["label"]
+
+        return _whole_or_tiled(network, torch.cat([image, z_label], dim=1), classes, patch)
 
     z = denoiser.sigma_max * noise(image.new_zeros(len(seeds), classes, *image.shape[2:]), seeded(seeds))
     return probabilities(time_travel(label_given_image, z, sigmas, 0, seeded(seeds)))
+
+
+def _whole_or_tiled(
+    network: Callable[[Tensor], Tensor],
+    x: Float[Tensor, "b c x y z"],
+    channels: int,
+    patch: tuple[int, int, int] | None,
+) -> Float[Tensor, "b k x y z"]:
+    is_large = patch is not None and x[0, 0].numel() > TILED_ABOVE
+    return tiled_logits(network, x, channels, patch) if is_large and patch else network(x)
 
 
 def guided_pair(
@@ -332,9 +342,11 @@ def guided_pair(
         with fast_arithmetic(z.device.type):
             return denoiser(z, z.new_full((len(z), len(fields)), float(sigma)))
 
+    is_large = view.image[0, 0].numel() > TILED_ABOVE
+
     def sample(scale: float) -> Tensor:
         steered = guided(
-            denoise, fields, [observation], match=match, scale=scale,
+            tiled(denoise, plan.patch) if is_large else denoise, fields, [observation], match=match, scale=scale,
             steer="observed" if mode == "joint-base" else "all",
         )  # fmt: skip
         generators = seeded(seeds)
@@ -352,7 +364,7 @@ def guided_pair(
     parts = fields.split(z0)
     residual = _residual(z0, fields, observation, match)
     if mode == "restore-then-condition":
-        soft = torch.cat([conditional(denoiser, image[None]) for image in parts["image"]])
+        soft = torch.cat([conditional(denoiser, image[None], patch=plan.patch) for image in parts["image"]])
     else:
         soft = probabilities(parts["label"]).clamp(0, 1)
     return soft, parts["image"], residual
