@@ -129,9 +129,7 @@ def voxels(seen: Bool[Tensor, "x y z"]) -> Mask:
     return Mask(seen.bool()[None, None])
 
 
-def planes(
-    shape: Sequence[int], x: Iterable[int] = (), y: Iterable[int] = (), z: Iterable[int] = ()
-) -> Mask:
+def planes(shape: Sequence[int], x: Iterable[int] = (), y: Iterable[int] = (), z: Iterable[int] = ()) -> Mask:
     """Observe whole planes at these voxel indices of each axis."""
     seen = torch.zeros(tuple(shape), dtype=torch.bool)
     for axis, indices in enumerate((x, y, z)):
@@ -156,9 +154,7 @@ def drop_slices(shape: Sequence[int], axis: int, dropped: Iterable[int]) -> Mask
 def downsample(shape: Sequence[int], factors: Sequence[float]) -> Resample:
     """Observe averages: voxels `factors` times as large per axis, over the same field of view."""
     coarse = [max(1, round(size / factor)) for size, factor in zip(shape, factors, strict=True)]
-    x, y, z = (
-        torch.as_tensor(overlap_matrix(fine, few)) for fine, few in zip(shape, coarse, strict=True)
-    )
+    x, y, z = (torch.as_tensor(overlap_matrix(fine, few)) for fine, few in zip(shape, coarse, strict=True))
     return Resample((x, y, z))
 
 

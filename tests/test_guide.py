@@ -38,7 +38,7 @@ def image_observed(seed: int = 1, sigma_y: float = 0.1) -> Observation:
 
 @pytest.mark.parametrize("kind", SCENES)
 def test_default_guide_and_sampler_find_the_exact_posterior(kind: str) -> None:
-    score = evaluate(guided, chosen, kind, draws=4, samples=512, mixtures=1)
+    score = evaluate(guided, chosen, kind, draws=4, samples=256, mixtures=1)
     assert score.error <= LIMITS[kind]
     assert 0.75 < score.spread < 1.3
 
@@ -105,7 +105,8 @@ def test_steering_all_fields_moves_the_label_and_steering_the_observed_does_not(
     z = random(1, 3, *SHAPE, seed=2)
     plain = pair_denoiser(z, 0.5)
     full, base = (
-        guided(pair_denoiser, PAIR, [image_observed()], steer=steer)(z, 0.5) for steer in ("all", "observed")  # type: ignore[arg-type]
+        guided(pair_denoiser, PAIR, [image_observed()], steer=steer)(z, 0.5)
+        for steer in ("all", "observed")  # type: ignore[arg-type]
     )
     assert not torch.equal(full[:, 1:], plain[:, 1:])
     assert torch.equal(base[:, 1:], plain[:, 1:])
@@ -150,9 +151,7 @@ def test_batch_of_two_equals_two_single_runs(method: str, appearance: match.Matc
     steered = guided(pair_denoiser, PAIR, [image_observed()], method=method, match=appearance)  # type: ignore[arg-type]
     z, sigmas = 10 * random(2, 3, *SHAPE, seed=2), schedule(10, 0.05, 5)
     both = time_travel(steered, z, sigmas, 1, seeded(range(2)), eta=1.0)
-    alone = [
-        time_travel(steered, z[i : i + 1], sigmas, 1, seeded(range(i, i + 1)), eta=1.0) for i in range(2)
-    ]
+    alone = [time_travel(steered, z[i : i + 1], sigmas, 1, seeded(range(i, i + 1)), eta=1.0) for i in range(2)]
     torch.testing.assert_close(both, torch.cat(alone), rtol=0, atol=1e-5)
 
 

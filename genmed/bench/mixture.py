@@ -200,7 +200,7 @@ def travelling(steps: int, travels: int, eta: float = 1.0) -> Sampler:
 
 
 def chosen(denoise: Denoise, white: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """The default: the fewest evaluations whose error is within `LIMITS`."""
+    """The default: within `LIMITS` with some margin, at few evaluations."""
     return travelling(STEPS, TRAVELS)(denoise, white, generators)
 
 

@@ -20,7 +20,7 @@ from genmed.guide import Diverged, consistent, guided, misfit, retry
 from genmed.hub import Model
 from genmed.observe import Identity, Observation, Resample, masked, voxels
 from genmed.plan import Plan
-from genmed.samplers import noise, schedule, seeded, time_travel
+from genmed.samplers import euler, noise, schedule, seeded, time_travel
 from genmed.space import Intensity, Space, apply_matrices, resample_matrix
 from genmed.tiles import tiled, tiled_logits
 from genmed.volume import Volume, check_image, require_3d, require_same_grid
@@ -37,7 +37,8 @@ COARSE = 1.5  # voxels this much larger than the working spacing are an observat
 LARGEST_EXTENT = 1.6  # field of view that is believed, in units of the largest one seen in training
 SIGMA_Y = 0.05  # noise of an observed voxel, in standard deviations of the image
 STEPS = 8  # noise levels of a guided trajectory
-TRAVELS = 1  # times each level of it is repeated
+TRAVELS = 2  # times each level of it between TRAVELLED is repeated
+TRAVELLED = (0.1, 3.0)
 SAMPLES = 4  # guided trajectories that are averaged
 CONDITIONAL_STEPS = 4  # noise levels of a label drawn given a complete image
 TILED_ABOVE = 2_000_000  # voxels of the working grid above which the network goes patch by patch
@@ -306,7 +307,7 @@ def conditional(
         return _whole_or_tiled(network, torch.cat([image, z_label], dim=1), classes, patch)
 
     z = denoiser.sigma_max * noise(image.new_zeros(len(seeds), classes, *image.shape[2:]), seeded(seeds))
-    return probabilities(time_travel(label_given_image, z, sigmas, 0, seeded(seeds)))
+    return probabilities(euler(label_given_image, z, sigmas))
 
 
 def _whole_or_tiled(
@@ -331,7 +332,7 @@ def guided_pair(
     fields, observation = denoiser.fields, view.observation()
     size = tuple(m.shape[1] for m in view.matrices)
     sigmas = schedule(plan.sigma_max, plan.sigma_min, STEPS)
-    total = STEPS * (TRAVELS + 1)
+    total = STEPS + TRAVELS * sum(TRAVELLED[0] <= sigma <= TRAVELLED[1] for sigma in sigmas.tolist())
     calls = 0
 
     def denoise(z: Tensor, sigma: float) -> Tensor:
@@ -351,7 +352,7 @@ def guided_pair(
         )  # fmt: skip
         generators = seeded(seeds)
         z = plan.sigma_max * noise(torch.zeros(len(seeds), fields.channels, *size), generators)
-        return time_travel(steered, z, sigmas, TRAVELS, generators)
+        return time_travel(steered, z, sigmas, TRAVELS, generators, between=TRAVELLED)
 
     try:
         z0 = retry(sample)
