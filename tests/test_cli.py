@@ -68,7 +68,10 @@ def test_help_imports_nothing_heavy() -> None:
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
-def test_segment_writes_a_file_and_prints_its_volumes(fake: FakeSegment, tmp_path: Path) -> None:
+def test_segment_writes_a_file_and_prints_its_volumes(
+    fake: FakeSegment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["/bin/genmed", "segment", "my head.nii.gz"])
     source, out = write(tmp_path / "head.nii.gz", scan()), tmp_path / "seg.nii.gz"
     result = genmed("segment", source, "--model", "tiny", "--out", out)
     assert result.exit_code == 0 and str(out) in result.stdout and "front" in result.stdout
@@ -78,7 +81,7 @@ def test_segment_writes_a_file_and_prints_its_volumes(fake: FakeSegment, tmp_pat
         ((scan() > 10) & (scan() <= 20)).sum()
     )
     manifest = json.loads((tmp_path / "seg.nii.gz.manifest.json").read_text())
-    assert manifest["command"].startswith("genmed ")
+    assert manifest["command"] == "genmed segment 'my head.nii.gz'"
 
 
 def test_segment_options_reach_the_task(fake: FakeSegment, tmp_path: Path) -> None:
