@@ -194,7 +194,7 @@ def train(
     ] = False,
     preset: Annotated[str, typer.Option(help=PRESETS)] = "base",
     spacing: Annotated[
-        float | None, typer.Option(metavar="MM", help="Working spacing; default: median.")
+        float | None, typer.Option(metavar="MM", help="Working spacing (thick slices: in the plane); default: median.")
     ] = None,
     init: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Start from this model's weights.")

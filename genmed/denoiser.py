@@ -1,11 +1,13 @@
 """The joint model: a denoiser of all fields at once, each (or each voxel) at its own noise level."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from genmed.fields import Fields, image_and_label
-from genmed.nets.unet import UNet
+from genmed.nets.unet import Triple, UNet
 from genmed.plan import Plan
 
 SMALLEST_SIGMA = 0.01  # what the network is told of a clean voxel: ln σ must stay finite
@@ -24,12 +26,12 @@ class Denoiser(nn.Module):
     no random numbers and one conditional evaluation is deterministic.
     """
 
-    def __init__(self, fields: Fields, widths: tuple[int, ...], sigma_max: float) -> None:
+    def __init__(self, fields: Fields, widths: tuple[int, ...], strides: Sequence[Triple], sigma_max: float) -> None:
         super().__init__()
         self.fields = fields
         self.sigma_max = sigma_max
         levels = len(fields)
-        self.net = UNet(fields.channels + levels, fields.channels, widths, conditions=levels)
+        self.net = UNet(fields.channels + levels, fields.channels, widths, strides, conditions=levels)
 
     def forward(
         self, z: Float[Tensor, "b c x y z"], sigma: Float[Tensor, "b f"] | Float[Tensor, "b f x y z"]
@@ -90,4 +92,4 @@ def fast_arithmetic(device: str) -> torch.autocast:
 
 def build(plan: Plan) -> Denoiser:
     """The untrained denoiser that a plan describes."""
-    return Denoiser(image_and_label(plan.channels, plan.labels), plan.widths, plan.sigma_max)
+    return Denoiser(image_and_label(plan.channels, plan.labels), plan.widths, plan.strides, plan.sigma_max)

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,11 +19,32 @@ class Preset(NamedTuple):
     learning_rate: float
 
 
+Triple = tuple[int, int, int]
+
 PRESETS: dict[str, Preset] = {
     "small": Preset(widths=(16, 32, 64, 96), steps=20_000, batch=2, learning_rate=1e-3),
     "base": Preset(widths=(32, 64, 128, 192), steps=60_000, batch=2, learning_rate=5e-4),
     "large": Preset(widths=(48, 96, 192, 320), steps=150_000, batch=2, learning_rate=3e-4),
 }
+
+
+def strides(spacing_mm: Sequence[float], levels: int) -> tuple[Triple, ...]:
+    """Strides between U-Net levels: an axis is halved once its voxels are less than twice the smallest side.
+
+    Thick slices thus keep their number until the other axes are as coarse (nnU-Net, arXiv 1904.08128).
+    """
+    sides, result = list(spacing_mm), []
+    for _ in range(levels - 1):
+        step = [2 if side < 2 * min(sides) else 1 for side in sides]
+        sides = [side * s for side, s in zip(sides, step, strict=True)]
+        result.append((step[0], step[1], step[2]))
+    return tuple(result)
+
+
+def patch_multiple(strides: Sequence[Triple]) -> Triple:
+    """Product of the strides along each axis."""
+    x, y, z = (math.prod(step[axis] for step in strides) for axis in range(3))
+    return x, y, z
 
 
 @dataclass(frozen=True)
@@ -59,9 +80,14 @@ class Plan:
         _check_agreement(self)
 
     @property
-    def patch_multiple(self) -> int:
-        """Voxels that every patch side must be a multiple of: 2 ** (levels - 1)."""
-        return int(2 ** (len(self.widths) - 1))
+    def strides(self) -> tuple[Triple, ...]:
+        """By how much each U-Net level after the first halves each axis, as nnU-Net decides it: `strides`."""
+        return strides(self.spacing_mm, len(self.widths))
+
+    @property
+    def patch_multiple(self) -> Triple:
+        """Voxels that each patch side must be a multiple of."""
+        return patch_multiple(self.strides)
 
     def to_json(self) -> str:
         """JSON text, one key a line, readable back by `from_json`."""
@@ -169,7 +195,7 @@ def _check_agreement(plan: Plan) -> None:
     if len(plan.label_values) != len(plan.labels):
         _fail("label_values", f"has {len(plan.label_values)} entries for {len(plan.labels)} labels")
     multiple, levels = plan.patch_multiple, len(plan.widths)
-    if any(side % multiple for side in plan.patch):
-        _fail("patch", f"{list(plan.patch)} must be multiples of {multiple} for {levels} U-Net levels")
+    if any(side % m for side, m in zip(plan.patch, multiple, strict=True)):
+        _fail("patch", f"{list(plan.patch)} must be multiples of {list(multiple)} for {levels} U-Net levels")
     if plan.sigma_min >= plan.sigma_max:
         _fail("sigma_min", f"({plan.sigma_min}) must be below 'sigma_max' ({plan.sigma_max})")

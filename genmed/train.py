@@ -310,7 +310,7 @@ def train(
     Args:
         split: JSON file with train / tune / report ids; without it one is drawn by person and written to OUT.
         max_minutes: stop after so many minutes; the learning rate comes down in time for it.
-        spacing: isotropic working spacing in mm, instead of the data set's median.
+        spacing: working spacing in mm instead of the data set's median; for thick slices in the plane alone.
         init: a model (name or folder) whose weights to start from, for instance one of a coarser grid.
     """
     out = Path(out)
@@ -351,17 +351,8 @@ def make_plan(
     seed: int = 0,
 ) -> Plan:
     """The plan of the training cases, with the changes that the command line asks for."""
-    plan = plan_from(fingerprint(dataset, parts.train), dataset, preset)
+    plan = plan_from(fingerprint(dataset, parts.train), dataset, preset, spacing)
     changes: dict[str, Any] = {"name": name, "seed": seed, "source": dataset.name}
-    if spacing is not None:
-        coarser = [old / spacing for old in plan.spacing_mm]
-        multiple = plan.patch_multiple
-        changes["spacing_mm"] = (spacing,) * 3
-        changes["patch"] = tuple(
-            multiple * max(1, math.ceil(p * c / multiple)) for p, c in zip(plan.patch, coarser, strict=True)
-        )
-        voxels = math.prod(changes["patch"]) / math.prod(plan.patch)
-        changes["batch"] = max(plan.batch, min(8, round(plan.batch / voxels)))
     if steps is not None:
         changes["steps"] = steps
     return dataclasses.replace(plan, **changes)

@@ -127,4 +127,4 @@ def test_every_message_is_one_line(tmp_path: Path) -> None:
 def test_presets_make_valid_plans(name: str) -> None:
     size = PRESETS[name]
     plan = replace(PLAN, **size._asdict())
-    assert plan.patch_multiple == 8
+    assert plan.patch_multiple == (8, 8, 8)

@@ -164,7 +164,7 @@ def test_batches_are_a_function_of_seed_step_and_process(dataset: Path) -> None:
     scans = load_scans(data, plan, parts.train)
     first, again = (draw_batch(scans, plan, step=5) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first[:3], again[:3], strict=True))
-    assert first.image.shape == (2, 1, *plan.patch)
+    assert first.image.shape == (plan.batch, 1, *plan.patch)
     for other in (draw_batch(scans, plan, step=6), draw_batch(scans, plan, step=5, process=1)):
         assert not torch.equal(first.image, other.image)
 
@@ -174,8 +174,8 @@ def test_a_coarser_grid_keeps_the_field_of_view(dataset: Path) -> None:
     parts = Split("boxes", data.ids[:6], data.ids[6:8], data.ids[8:])
     fine, coarse = (make_plan(data, parts, "boxes", "small", spacing) for spacing in (None, 2.0))
     assert coarse.spacing_mm == (2.0, 2.0, 2.0)
-    for old, new in zip(fine.patch, coarse.patch, strict=True):
-        assert old <= 2 * new < old + 2 * coarse.patch_multiple
+    for old, new, multiple in zip(fine.patch, coarse.patch, coarse.patch_multiple, strict=True):
+        assert old <= 2 * new < old + 2 * multiple
 
 
 def test_learning_rate_warms_up_and_ends_at_zero() -> None:

@@ -23,7 +23,7 @@ from genmed.data.split import read_split
 from genmed.errors import GenMedError
 from genmed.files import write_bytes, write_json
 from genmed.loss import Batch, categorical_loss
-from genmed.nets.unet import pad_to_multiple
+from genmed.nets.unet import kernel_sizes, pad_to_multiple
 from genmed.plan import Plan
 from genmed.train import draw_batch, fit, load_scans, make_plan, tune_dice
 
@@ -70,18 +70,18 @@ def dynunet(plan: Plan) -> nn.Module:
         from monai.networks.nets import DynUNet  # imported here: it takes several seconds
     except ImportError as error:
         raise GenMedError("monai is not installed; run: pip install 'genmed[bench]'") from error
-    levels = len(plan.widths)
+    strides = [list(step) for step in plan.strides]
     return DynUNet(
         spatial_dims=3,
         in_channels=len(plan.channels),
         out_channels=len(plan.labels),
-        kernel_size=[3] * levels,
-        strides=[1] + [2] * (levels - 1),
-        upsample_kernel_size=[2] * (levels - 1),
+        kernel_size=[list(kernel) for kernel in kernel_sizes(plan.strides)],
+        strides=[[1, 1, 1], *strides],
+        upsample_kernel_size=strides,
         filters=plan.widths,
         norm_name=("INSTANCE", {"affine": True}),
         deep_supervision=True,
-        deep_supr_num=min(HEADS, levels - 2),
+        deep_supr_num=min(HEADS, len(strides) - 1),
         res_block=False,
     )
 

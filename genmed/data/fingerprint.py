@@ -10,12 +10,14 @@ import numpy as np
 from genmed.data.dataset import Case, Dataset, read_dataset
 from genmed.errors import GenMedError
 from genmed.files import write_bytes, write_json
-from genmed.plan import PRESETS, Plan
+from genmed.plan import PRESETS, Plan, patch_multiple, strides
 from genmed.space import Space
 from genmed.volume import Grid, Volume, read, read_labels, require_same_grid
 
 THICK_RATIO = 3.0           # anisotropy above which a stack counts as thick slices
 PATCH_VOXELS = 110_000      # largest patch that trains in reasonable time on a CPU
+STEP_VOXELS = 180_000       # a training step takes so many, in more patches if they are small,
+LARGEST_BATCH = 8           # up to this number of patches
 SAMPLES_PER_CASE = 20_000   # voxels per case and region that the intensity statistics look at
 
 Triple = tuple[float, float, float]
@@ -102,10 +104,11 @@ def fingerprint(dataset: Dataset, cases: Sequence[str] | None = None) -> Fingerp
     )
 
 
-def plan(measured: Fingerprint, dataset: Dataset, preset: str = "small") -> Plan:
+def plan(measured: Fingerprint, dataset: Dataset, preset: str = "small", spacing: float | None = None) -> Plan:
     """The plan that follows from a fingerprint: median spacing and a patch of about the median size.
 
-    The patch is rounded up to what the U-Net halves evenly and shortened along its longest axis until it
+    A `spacing` in mm replaces the median, for thick slices in the plane alone. Small patches come in larger
+    batches. The patch is rounded up to what the U-Net halves evenly and shortened along its longest axis until it
     holds at most `PATCH_VOXELS` voxels. Raises `GenMedError` for an unknown preset and for 2D sets.
     """
     if preset not in PRESETS:
@@ -113,17 +116,19 @@ def plan(measured: Fingerprint, dataset: Dataset, preset: str = "small") -> Plan
     if min(measured.shape.median) < 2:
         raise GenMedError(f"{dataset.folder}: holds single slices; plans need 3D scans.")
     size = PRESETS[preset]
-    spacing_mm = measured.spacing_mm.median
-    sides = [extent / s for extent, s in zip(measured.extent_mm.median, spacing_mm, strict=True)]
+    median = measured.spacing_mm.median
+    spacing_mm = median if spacing is None else (spacing, spacing, median[2] if measured.thick_slices else spacing)
+    multiple = patch_multiple(strides(spacing_mm, len(size.widths)))
+    patch = _patch([extent / s for extent, s in zip(measured.extent_mm.median, spacing_mm, strict=True)], multiple)
     return Plan(
         name=dataset.name,
         channels=dataset.channels,
         labels=("background", *(name for value, name in dataset.labels.items() if value)),
         label_values=tuple(dataset.labels),
         spacing_mm=spacing_mm,
-        patch=_patch(sides, multiple=2 ** (len(size.widths) - 1)),
+        patch=patch,
         widths=size.widths,
-        batch=size.batch,
+        batch=max(size.batch, min(LARGEST_BATCH, STEP_VOXELS // math.prod(patch))),
         steps=size.steps,
         learning_rate=size.learning_rate,
         thick_slices=measured.thick_slices,
@@ -245,11 +250,11 @@ def _rounded(value: float) -> float:
     return float(f"{float(value):.6g}")
 
 
-def _patch(sides: Sequence[float], multiple: int) -> tuple[int, int, int]:
-    x, y, z = (max(1, math.ceil(round(side, 3) / multiple)) * multiple for side in sides)
-    patch = [x, y, z]
-    while math.prod(patch) > PATCH_VOXELS and max(patch) > multiple:
-        patch[patch.index(max(patch))] -= multiple
+def _patch(sides: Sequence[float], multiple: Sequence[int]) -> tuple[int, int, int]:
+    patch = [max(1, math.ceil(round(side, 3) / m)) * m for side, m in zip(sides, multiple, strict=True)]
+    while math.prod(patch) > PATCH_VOXELS and any(p > m for p, m in zip(patch, multiple, strict=True)):
+        _, longest = max((p, axis) for axis, p in enumerate(patch) if p > multiple[axis])
+        patch[longest] -= multiple[longest]
     return patch[0], patch[1], patch[2]
 
 
