@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from genmed.errors import GenMedError as GenMedError
     from genmed.hub import Model as Model
     from genmed.hub import load as load
+    from genmed.tasks.restore import Restoration as Restoration
+    from genmed.tasks.restore import restore as restore
+    from genmed.tasks.restore import translate as translate
     from genmed.tasks.segment import Segmentation as Segmentation
     from genmed.tasks.segment import segment as segment
     from genmed.volume import Volume as Volume
@@ -26,12 +29,15 @@ __version__ = "0.1.0"
 _HOME = {
     "GenMedError": "genmed.errors",
     "Model": "genmed.hub",
+    "Restoration": "genmed.tasks.restore",
     "Segmentation": "genmed.tasks.segment",
     "Volume": "genmed.volume",
     "load": "genmed.hub",
     "read": "genmed.volume",
     "read_labels": "genmed.volume",
+    "restore": "genmed.tasks.restore",
     "segment": "genmed.tasks.segment",
+    "translate": "genmed.tasks.restore",
 }
 __all__ = [*_HOME]
 

@@ -23,9 +23,11 @@ if TYPE_CHECKING:
 
 RESUME = {
     "segment": "run the same command again to go on: finished cases are skipped",
+    "restore": "run the same command again to go on: finished cases are skipped",
+    "translate": "run the same command again to go on: finished cases are skipped",
     "train": "run the same command with --resume to go on from the last checkpoint",
     "bench": "run the same command again to go on from the last checkpoint",
-    "data": "run the same command again to go on where the download stopped",
+    "data": "run the same command again: it goes on where the download stopped, and skips converted cases",
 }
 INTERRUPTED = 130
 
@@ -88,7 +90,7 @@ app = typer.Typer(
 )
 models_app = typer.Typer(no_args_is_help=True, help="List, inspect, pull and push trained models.")
 bench_app = typer.Typer(no_args_is_help=True, help="Redo the published tables, one command each.")
-data_app = typer.Typer(no_args_is_help=True, help="Get public data sets.")
+data_app = typer.Typer(no_args_is_help=True, help="Get and convert public data sets.")
 app.add_typer(models_app, name="models")
 app.add_typer(bench_app, name="bench")
 app.add_typer(data_app, name="data")
@@ -97,6 +99,26 @@ PRESETS = "Network size: small, base or large."
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 DataDir = Annotated[
     Path, typer.Argument(metavar="DIR", help="Data set folder with a dataset.json (MSD or nnU-Net).")
+]
+Source = Annotated[Path, typer.Argument(metavar="INPUT", help="Scan, DICOM folder or folder of cases.")]
+ModelName = Annotated[str, typer.Option("--model", help="Model name (genmed models list) or folder.")]
+SyntheticOut = Annotated[Path, typer.Option("--out", help="A .synthetic.nii.gz file, or a folder.")]
+Samples = Annotated[int | None, typer.Option(help="Samples to average; default 4.")]
+Seed = Annotated[int, typer.Option(help="Seed of all random numbers.")]
+Roi = Annotated[
+    str | None, typer.Option(metavar="X0,X1,Y0,Y1,Z0,Z1", help="Work only in this world box, mm, RAS+.")
+]
+Observed = Annotated[
+    Path | None,
+    typer.Option(metavar="MASK", help="Mask of voxels that may be used, or folder of <case>.nii.gz."),
+]
+SliceThickness = Annotated[
+    float | None, typer.Option(metavar="MM", help="True slice thickness, if not the slice spacing.")
+]
+Series = Annotated[str | None, typer.Option(help="DICOM series: description, number or UID.")]
+Uncertainty = Annotated[
+    bool,
+    typer.Option("--uncertainty", help="Also write <case>.uncertainty.nii.gz: standard deviation over samples."),
 ]
 
 
@@ -203,6 +225,13 @@ def train(
         int | None, typer.Option(help="Number of training steps; default: the preset's.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 0,
+    augmentation: Annotated[
+        str, typer.Option(help="none, nnunet, degraded (coarse input) or randomised (other contrasts, too).")
+    ] = "nnunet",
+    cases: Annotated[
+        int | None, typer.Option(metavar="N", help="Few-shot: train on N cases of the training part.")
+    ] = None,
+    draw: Annotated[int, typer.Option(metavar="K", help="Seed of the choice of these N cases.")] = 0,
 ) -> None:
     """Train one joint model of images and labels on a data set."""
     from genmed.train import train as run
@@ -218,13 +247,16 @@ def train(
         init=init,
         steps=steps,
         seed=seed,
+        augmentation=augmentation,
+        cases=cases,
+        draw=draw,
     )
 
 
 @app.command()
 def segment(
-    source: Annotated[Path, typer.Argument(metavar="INPUT", help="Scan, DICOM folder or folder of cases.")],
-    model: Annotated[str, typer.Option(help="Model name (genmed models list) or folder.")],
+    source: Source,
+    model: ModelName,
     out: Annotated[Path, typer.Option(help="A .nii.gz file, or a folder.")],
     mode: Annotated[
         str, typer.Option(help="auto, conditional, joint, joint-base or restore-then-condition.")
@@ -233,21 +265,14 @@ def segment(
         str, typer.Option(help="How intensities may differ: auto, none, affine, poly, labels or lncc.")
     ] = "auto",
     samples: Annotated[int | None, typer.Option(help="Samples to average; they give intervals.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 0,
+    seed: Seed = 0,
     grid: Annotated[
         str, typer.Option(help="Grid of the label map: input (the scan's own) or model.")
     ] = "input",
-    roi: Annotated[
-        str | None, typer.Option(metavar="X0,X1,Y0,Y1,Z0,Z1", help="Work only in this world box, mm, RAS+.")
-    ] = None,
-    observed: Annotated[
-        Path | None,
-        typer.Option(metavar="MASK", help="Mask of voxels that may be used, or folder of <case>.nii.gz."),
-    ] = None,
-    slice_thickness: Annotated[
-        float | None, typer.Option(metavar="MM", help="True slice thickness, if not the slice spacing.")
-    ] = None,
-    series: Annotated[str | None, typer.Option(help="DICOM series: description, number or UID.")] = None,
+    roi: Roi = None,
+    observed: Observed = None,
+    slice_thickness: SliceThickness = None,
+    series: Series = None,
     probabilities: Annotated[
         bool,
         typer.Option("--probabilities", help="Also write <case>.probabilities.nii.gz, one channel a class."),
@@ -277,7 +302,74 @@ def segment(
         preview=preview,
     )
     outcome = segment_files(load(model), source, out, options, command=_command_line())
-    typer.echo(_json(_segmented(outcome)) if as_json else _segmented_text(outcome))
+    typer.echo(_json(_results(outcome)) if as_json else _segmented_text(outcome))
+    _report_failures(outcome)
+
+
+@app.command()
+def restore(
+    source: Source,
+    model: ModelName,
+    out: SyntheticOut,
+    match: Annotated[
+        str, typer.Option(help="How intensities may differ from the model's, as in `genmed segment`.")
+    ] = "auto",
+    samples: Samples = None,
+    seed: Seed = 0,
+    roi: Roi = None,
+    observed: Observed = None,
+    slice_thickness: SliceThickness = None,
+    series: Series = None,
+    uncertainty: Uncertainty = False,
+    as_json: Json = False,
+) -> None:
+    """Restore a coarse or incomplete scan, or a folder of scans, at the model's resolution.
+
+    Writes <case>.synthetic.nii.gz in the scan's own contrast and units, and how it was done (manifest.json). Folders
+    are handled as by `genmed segment`.
+    """
+    from genmed.hub import load
+    from genmed.tasks.run import RestoreOptions, restore_files
+
+    options = RestoreOptions(match, samples, seed, _box(roi), observed, slice_thickness, series, uncertainty)
+    _report_synthetic(restore_files(load(model), source, out, options, command=_command_line()), as_json)
+
+
+@app.command()
+def translate(
+    source: Source,
+    model: ModelName,
+    out: SyntheticOut,
+    match: Annotated[
+        str, typer.Option(help="How intensities may differ from the model's; auto is affine here.")
+    ] = "auto",
+    samples: Samples = None,
+    seed: Seed = 0,
+    roi: Roi = None,
+    observed: Observed = None,
+    slice_thickness: SliceThickness = None,
+    series: Series = None,
+    uncertainty: Uncertainty = False,
+    as_json: Json = False,
+) -> None:
+    """Translate a scan of another modality, or a folder of them, into the contrast of the model.
+
+    Writes <case>.synthetic.nii.gz and how it was done (manifest.json). Folders are handled as by `genmed segment`.
+    """
+    from genmed.hub import load
+    from genmed.tasks.run import RestoreOptions, translate_files
+
+    options = RestoreOptions(match, samples, seed, _box(roi), observed, slice_thickness, series, uncertainty)
+    _report_synthetic(translate_files(load(model), source, out, options, command=_command_line()), as_json)
+
+
+def _report_synthetic(outcome: Outcome, as_json: bool) -> None:
+    typer.echo(_json(_results(outcome)) if as_json else _synthetic_text(outcome))
+    _report_failures(outcome)
+
+
+def _report_failures(outcome: Outcome) -> None:
+    """List cases that failed on stderr; exit code 1 if there are any."""
     if outcome.failed:
         total = len(outcome.outputs)
         typer.echo(f"genmed: {len(outcome.failed)} of {total} cases failed:", err=True)
@@ -437,6 +529,40 @@ def fetch_data(
     typer.echo(str(fetch(name, out)))
 
 
+@data_app.command("convert")
+def convert_data(
+    name: Annotated[
+        str, typer.Argument(help="totalsegmentator, mmwhs, kits23, acdc, mscmrseg or la2018.")
+    ],
+    src: Annotated[Path, typer.Argument(help="Folder of the data set, as its authors publish it.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the nnU-Net data set.")],
+    modality: Annotated[
+        str | None,
+        typer.Option(help="ct (default) or mr for totalsegmentator and mmwhs; lge (default), c0 or t2 for mscmrseg."),
+    ] = None,
+    structures: Annotated[
+        str, typer.Option(metavar="A,B,C", help="Labels of totalsegmentator, in this order; default: the heart.")
+    ] = "",
+) -> None:
+    """Convert a public data set to a folder that check, prepare and train read.
+
+    Converted cases are skipped when run again. A case with missing or contradicting files does not stop the
+    others, and the exit code is then 1.
+    """
+    from genmed.data.convert import convert
+
+    chosen = [part.strip() for part in structures.split(",") if part.strip()]
+    outcome = convert(name, src, out, modality, chosen)
+    typer.echo(f"{len(outcome.converted)} cases converted, {len(outcome.skipped)} were converted before")
+    typer.echo(str(outcome.folder))
+    if outcome.failed:
+        total = sum(map(len, (outcome.converted, outcome.skipped, outcome.failed)))
+        typer.echo(f"genmed: {len(outcome.failed)} of {total} cases failed:", err=True)
+        for case, reason in outcome.failed.items():
+            typer.echo(f"  {case}: {reason}", err=True)
+        raise typer.Exit(1)
+
+
 # Arguments and output -------------------------------------------------------------------------------------
 
 
@@ -466,15 +592,15 @@ def _columns(rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _segmented(outcome: Outcome) -> dict[str, Any]:
+def _results(outcome: Outcome) -> dict[str, Any]:
     cases = outcome.manifest["cases"]
     return {
         "cases": {
             case: {
                 "out": str(path),
                 "skipped": case in outcome.skipped,
-                "structures": outcome.statistics[case],
-                **{key: cases[case][key] for key in ("mode", "match", "residual", "seconds")},
+                **({"structures": outcome.statistics[case]} if case in outcome.statistics else {}),
+                **{key: cases[case][key] for key in ("mode", "match", "residual", "seconds") if key in cases[case]},
             }
             for case, path in outcome.outputs.items()
             if case not in outcome.failed
@@ -483,9 +609,18 @@ def _segmented(outcome: Outcome) -> dict[str, Any]:
     }
 
 
+def _synthetic_text(outcome: Outcome) -> str:
+    lines = []
+    for case, facts in _results(outcome)["cases"].items():
+        residual = "" if facts["residual"] is None else f", residual {facts['residual']:.2f}"
+        how = f"match {facts['match']}{residual}, {facts['seconds']:.1f} s"
+        lines.append(f"{case}: {'finished before' if facts['skipped'] else how} -> {facts['out']}")
+    return "\n".join(lines)
+
+
 def _segmented_text(outcome: Outcome) -> str:
     lines = []
-    for case, facts in _segmented(outcome)["cases"].items():
+    for case, facts in _results(outcome)["cases"].items():
         volumes = ", ".join(f"{name} {row['ml']:.2f} ml" for name, row in facts["structures"].items())
         residual = "" if facts["residual"] is None else f", residual {facts['residual']:.2f}"
         how = (

@@ -155,7 +155,7 @@ def degrade(crop: Volume, plan: Plan) -> tuple[Input, Input, Input]:
     A missing slice is as thick as the model's voxel, 1 mm for the bundled model; its values are erased here.
     """
     everywhere = np.ones(crop.grid.shape, dtype=bool)
-    averages = coarser(crop, COARSE_MM)
+    averages = coarser(crop, COARSE_MM).scan
     slab = max(1, round(plan.spacing_mm[1] / crop.spacing_mm[1]))
     seen = everywhere & (np.arange(crop.grid.shape[1]) // slab % 2 == 0)[:, None]
     kept = np.where(seen, crop.data, 0)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Generator, Tensor, nn
 
-from genmed.data.augment import augment_intensity
+from genmed.data.augment import augment
 from genmed.denoiser import Denoiser
 from genmed.fields import one_hot
 
@@ -28,22 +28,23 @@ class JointLoss(nn.Module):
     """Denoising loss of P(image, label) under the mixture of noise levels.
 
     Per sample one of: *conditional* (clean image, hidden label; the image is augmented as a segmentation
-    network's would be), *equal* (one level for all fields: the paper's joint), *independent* (a level per
-    field, UniDiffuser arXiv 2303.06555) or *partial* (some voxels of one field clean, the others noisy,
-    after Diffusion Forcing arXiv 2407.01392).
+    network's would be; `genmed.data.augment.augment` says how), *equal* (one level for all fields: the
+    paper's joint), *independent* (a level per field, UniDiffuser arXiv 2303.06555) or *partial* (some voxels
+    of one field clean, the others noisy, after Diffusion Forcing arXiv 2407.01392).
     """
 
-    def __init__(self, model: Denoiser) -> None:
+    def __init__(self, model: Denoiser, augmentation: str = "nnunet") -> None:
         super().__init__()
         self.model = model
+        self.augmentation = augmentation
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         generator = Generator().manual_seed(batch.seed)
         modes = draw_modes(len(batch.image), generator)
         image = torch.stack(
             [
-                augment_intensity(x, generator) if mode == "conditional" else x
-                for x, mode in zip(batch.image.cpu(), modes, strict=True)
+                augment(x, inside, self.augmentation, generator) if mode == "conditional" else x
+                for x, inside, mode in zip(batch.image.cpu(), batch.inside.cpu(), modes, strict=True)
             ]
         ).to(batch.image)
         z0 = torch.cat([image, one_hot(batch.label, len(self.model.fields["label"].channels))], dim=1)

@@ -1,4 +1,4 @@
-"""Overlap and surface metrics of label maps, a table over folders, and bootstrap intervals."""
+"""Overlap and surface metrics of label maps, a table over folders, fidelity of images, and bootstrap intervals."""
 
 import csv
 import io
@@ -13,6 +13,9 @@ from genmed.errors import GenMedError
 from genmed.files import write_bytes
 from genmed.volume import Volume, read_labels, require_same_grid
 
+SSIM_SIGMA = 1.5  # voxels; with the next two, the constants of Wang et al. 2004
+SSIM_RADIUS = 5  # voxels on either side of the window's centre
+SSIM_K = (0.01, 0.03)
 LABEL_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".png", ".tiff", ".tif")
 
 
@@ -59,6 +62,41 @@ def nsd(
     surface-distance 0.1 defines it. 1.0 when both masks are empty, 0.0 when one is.
     """
     return _surface_scores(prediction, truth, spacing_mm, tolerance_mm)[1]
+
+
+def psnr(found: np.ndarray, truth: np.ndarray, range: float) -> float:
+    """Peak signal-to-noise ratio 10 log₁₀(range² / mean squared error) in dB of two images of one shape.
+
+    `range` is the intensity range that counts as the peak, such as that of the truth. Infinite for equal images.
+    """
+    a, b = _images(found, truth, range)
+    error = float(np.mean(np.square(a - b)))
+    return 10 * math.log10(range**2 / error) if error > 0 else math.inf
+
+
+def ssim(found: np.ndarray, truth: np.ndarray, range: float) -> float:
+    """Structural similarity of two images, (x, y, z) or (x, y), averaged over all windows that fit in.
+
+    After Wang et al. 2004 (IEEE Transactions on Image Processing 13:600) with their constants, in as many dimensions
+    as the images have: Gaussian windows of 11 voxels a side, σ = 1.5 voxels, K = (0.01, 0.03). 1 for equal images.
+    Raises `GenMedError` for images smaller than a window.
+    """
+    a, b = _images(found, truth, range)
+    side = 2 * SSIM_RADIUS + 1
+    if min(a.shape) < side:
+        raise GenMedError(f"SSIM needs {side} voxels along every axis, but the images have {a.shape}.")
+    from scipy.ndimage import gaussian_filter
+
+    def local_mean(values: np.ndarray) -> np.ndarray:
+        smooth = gaussian_filter(values, SSIM_SIGMA, radius=SSIM_RADIUS)
+        return np.asarray(smooth[(slice(SSIM_RADIUS, -SSIM_RADIUS),) * values.ndim])
+
+    c1, c2 = ((k * range) ** 2 for k in SSIM_K)
+    mean_a, mean_b = local_mean(a), local_mean(b)
+    variance_a, variance_b = local_mean(a * a) - mean_a**2, local_mean(b * b) - mean_b**2
+    covariance = local_mean(a * b) - mean_a * mean_b
+    agreement = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+    return float(np.mean(agreement / ((mean_a**2 + mean_b**2 + c1) * (variance_a + variance_b + c2))))
 
 
 def evaluate(
@@ -108,6 +146,17 @@ def bootstrap_interval(
     drawn = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=n)
     low, high = np.percentile((drawn @ sums) / (drawn @ counts), (2.5, 97.5))
     return float(low), float(high)
+
+
+def _images(found: np.ndarray, truth: np.ndarray, range: float) -> tuple[np.ndarray, np.ndarray]:
+    """Both as float64. Raises `GenMedError` for shapes that differ, values that are not finite and no range."""
+    if found.shape != truth.shape:
+        raise GenMedError(f"the images have different shapes, {found.shape} and {truth.shape}.")
+    if not (np.isfinite(found).all() and np.isfinite(truth).all()):
+        raise GenMedError("images with NaN or infinite voxels cannot be compared; compare the finite part.")
+    if not 0 < range < math.inf:
+        raise GenMedError(f"an intensity range of {range:g} makes no sense; give that of the true image.")
+    return np.asarray(found, dtype=np.float64), np.asarray(truth, dtype=np.float64)
 
 
 def _masks(prediction: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -27,6 +27,8 @@ PRESETS: dict[str, Preset] = {
     "large": Preset(widths=(48, 96, 192, 320), steps=150_000, batch=2, learning_rate=3e-4),
 }
 
+AUGMENTATIONS = ("none", "nnunet", "degraded", "randomised")  # what `genmed.data.augment` makes of them
+
 
 def strides(spacing_mm: Sequence[float], levels: int) -> tuple[Triple, ...]:
     """Strides between U-Net levels: an axis is halved once its voxels are less than twice the smallest side.
@@ -71,6 +73,10 @@ class Plan:
     licence: str = ""
     source: str = ""
     seed: int = 0
+    augmentation: str = "nnunet"              # of training patches, one of `AUGMENTATIONS`
+    cases: int = 0                            # training cases of a few-shot draw; 0: the whole training part
+    draw: int = 0                             # seed of the few-shot draw
+    typical: tuple[float, ...] = ()           # `genmed.surprise.typical` of the tuning cases; empty: not measured
     format_version: int = 1
 
     def __post_init__(self) -> None:
@@ -133,9 +139,12 @@ def _is_integer(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _is_positive(value: Any) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and math.isfinite(value) and value > 0
+    return _is_number(value) and value > 0
 
 
 def _is_tuple(of: Callable[[Any], bool], length: int | None = None) -> Callable[[Any], bool]:
@@ -181,6 +190,10 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "licence": (_is_text, "a text"),
     "source": (_is_text, "a text"),
     "seed": (_is_natural, "an integer, 0 or above"),
+    "augmentation": (lambda value: value in AUGMENTATIONS, f"one of {', '.join(AUGMENTATIONS)}"),
+    "cases": (_is_natural, "an integer, 0 or above"),
+    "draw": (_is_natural, "an integer, 0 or above"),
+    "typical": (lambda value: value == () or _is_tuple(_is_number, 4)(value), "empty or four numbers"),
     "format_version": (lambda value: _is_natural(value) and value == 1, "1 for this GenMed"),
 }
 

@@ -9,11 +9,12 @@ import json
 import math
 import os
 import platform
+import random
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -23,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from genmed.data.augment import random_patch
+from genmed.data.augment import STRONG, USUAL, random_patch
 from genmed.data.dataset import Dataset, read_dataset
 from genmed.data.fingerprint import fingerprint
 from genmed.data.fingerprint import plan as plan_from
@@ -32,13 +33,15 @@ from genmed.denoiser import Denoiser, build, fast_arithmetic, fastest_precision
 from genmed.errors import GenMedError
 from genmed.hub import Card, load, save_model
 from genmed.loss import Batch, JointLoss
-from genmed.plan import Plan
+from genmed.plan import AUGMENTATIONS, Plan
 from genmed.space import Intensity, Space
+from genmed.surprise import Typical, errors, typical
 from genmed.volume import check_image, read, read_labels, require_same_grid
 
 Scan = tuple[Float[Tensor, "c x y z"], Int[Tensor, "x y z"]]
 
 CHECKPOINT = "checkpoint.safetensors"
+BEST = "best"  # folder of the weights that scored highest on the tune part
 SAVE_EVERY_MINUTES = 3.0
 WARM_UP_STEPS = 200
 EMA_DECAY = 0.999
@@ -68,14 +71,54 @@ def load_scan(dataset: Dataset, plan: Plan, id: str) -> Scan:
 
 
 def draw_batch(scans: Sequence[Scan], plan: Plan, step: int, process: int = 0) -> Batch:
-    """The patches of one training step."""
+    """The patches of one training step, moved, turned and bent as much as the plan says (`spatial_changes`)."""
+    spatial, elastic = spatial_changes(plan)
     seed = ((plan.seed * 1_000_003 + step) * 1_009 + process) % 2**62
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randint(len(scans), (plan.batch,), generator=generator).tolist()
     pairs = [scans[i] for i in chosen]
-    patches = [random_patch(x, y, plan.patch, generator, plan.thick_slices) for x, y in pairs]
+    patches = [random_patch(x, y, plan.patch, generator, plan.thick_slices, spatial, elastic) for x, y in pairs]
     image, label, inside = (torch.stack(parts) for parts in zip(*patches, strict=True))
     return Batch(image, label.long(), inside, seed)
+
+
+def spatial_changes(plan: Plan) -> tuple[float, float]:
+    """Probabilities of rotation and scaling, and of a deformation: none, nnU-Net's, or strong for few cases."""
+    if plan.augmentation == "none":
+        return 0.0, 0.0
+    return (STRONG, STRONG) if plan.cases else (USUAL, 0.0)
+
+
+# Clocks ---------------------------------------------------------------------------------------------------
+
+
+class Spent(NamedTuple):
+    """What a training took: minutes by the clock of its budget, wall-clock minutes, CPU minutes of all threads."""
+
+    minutes: float
+    wall_minutes: float
+    cpu_minutes: float
+
+
+def wall_minutes() -> float:
+    """The clock of a user's budget."""
+    return time.monotonic() / 60
+
+
+def fair_minutes() -> float:
+    """The clock of comparisons: what else runs on the machine should not decide how far a network gets.
+
+    Without CUDA this is the CPU time of this process divided by torch's threads: the wall-clock minutes that it
+    would have taken on an idle machine with all its threads at work. Threads that wait while spinning count as
+    working, so on a busy machine it is exact for one thread only. With CUDA it is the wall clock.
+    """
+    if torch.cuda.is_available():
+        return wall_minutes()
+    return time.process_time() / 60 / torch.get_num_threads()
+
+
+def _clocks(clock: Callable[[], float]) -> Spent:
+    return Spent(clock(), wall_minutes(), time.process_time() / 60)
 
 
 # The loop -------------------------------------------------------------------------------------------------
@@ -94,6 +137,8 @@ def fit(
     validate_every_minutes: float = 5.0,
     picture: Callable[[nn.Module], Tensor] | None = None,
     mixed_precision: str | None = None,
+    clock: Callable[[], float] = wall_minutes,
+    keep_best: Callable[[nn.Module, float, dict[str, float]], object] | None = None,
 ) -> tuple[nn.Module, float]:
     """Minimise `objective(batch)["loss"]` over the weights of `objective.model`.
 
@@ -101,27 +146,43 @@ def fit(
     an exponential moving average of the weights (EDM2, arXiv 2312.02696, section 3.1, is the reason why).
     The state is saved in `folder` every few minutes and when the run is interrupted.
 
+    Args:
+        clock: gives the present minute; all minutes here are counted by it (`wall_minutes`, `fair_minutes`).
+        keep_best: called with the averaged network, the minutes and the scores at each validation whose "dice"
+            is higher than all before, those before a resume included.
+
     Returns:
-        The network with averaged weights and the minutes that the training took in all.
+        The network with averaged weights and the minutes that the training took in all; `time_spent` knows more.
     """
     accelerator = Accelerator(mixed_precision=mixed_precision or fastest_precision())
     average = _Average(objective.model)  # type: ignore[arg-type]
     optimiser = torch.optim.AdamW(objective.parameters(), lr=learning_rate, betas=(0.9, 0.99))
     for network in (objective, average.model):
         network.to(accelerator.device)
-    first, minutes_before = 0, 0.0
+    first, before, best = 0, Spent(0.0, 0.0, 0.0), -math.inf
     if resume and (folder / CHECKPOINT).exists():
-        first, minutes_before = load_state(folder / CHECKPOINT, objective, average.model, optimiser)
+        first, before, best = load_state(folder / CHECKPOINT, objective, average.model, optimiser)
     wrapped, optimiser = accelerator.prepare(objective, optimiser)
     chief = accelerator.is_main_process
     log = _Log(folder) if chief else None
-    started = time.monotonic()
-    saved = validated = minutes = minutes_before
+    started = _clocks(clock)
+    saved = validated = minutes = before.minutes
     step = first
 
     def save() -> None:
         if chief:
-            save_state(folder / CHECKPOINT, objective, average.model, optimiser, step, minutes)
+            spent = Spent(*(b + now - then for b, now, then in zip(before, _clocks(clock), started, strict=True)))
+            spent = spent._replace(minutes=minutes)
+            save_state(folder / CHECKPOINT, objective, average.model, optimiser, step, spent, best)
+
+    def judge(log: _Log, validate: Callable[[nn.Module], dict[str, float]]) -> None:
+        nonlocal best
+        scores = validate(average.model)
+        log.scores(scores, step, minutes)
+        if keep_best and scores["dice"] > best:
+            best = scores["dice"]
+            keep_best(average.model, minutes, scores)
+            save()
 
     with _progress(steps, first, disable=not chief) as (bar, task):
         try:
@@ -138,14 +199,14 @@ def fit(
                 optimiser.zero_grad()
                 average.update(objective.model, step)  # type: ignore[arg-type]
                 step += 1
-                minutes = minutes_before + (time.monotonic() - started) / 60
+                minutes = before.minutes + clock() - started.minutes
                 if max_minutes is not None and accelerator.num_processes > 1:
                     minutes = _agreed(minutes, accelerator)
                 if log:
                     log.losses(losses, step)
                     bar.update(task, completed=step, note=_note(log, minutes, max_minutes))
                 if log and validate and minutes - validated >= validate_every_minutes:
-                    log.scores(validate(average.model), step, minutes)
+                    judge(log, validate)
                     if picture:
                         log.picture(picture(average.model), step)
                     validated = minutes
@@ -155,7 +216,7 @@ def fit(
         finally:
             save()
     if log and validate:
-        log.scores(validate(average.model), step, minutes)
+        judge(log, validate)
     return average.model, minutes
 
 
@@ -192,7 +253,13 @@ def _agreed(minutes: float, accelerator: Accelerator) -> float:
 
 
 def save_state(
-    path: Path, objective: nn.Module, average: nn.Module, optimiser: torch.optim.Optimizer, step: int, minutes: float
+    path: Path,
+    objective: nn.Module,
+    average: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    step: int,
+    spent: Spent,
+    best: float,
 ) -> None:
     """Everything a run needs to go on, in one safetensors file that is replaced as a whole."""
     tensors = {f"model.{name}": value for name, value in objective.state_dict().items()}
@@ -201,15 +268,15 @@ def save_state(
         tensors |= {f"adam.{number}.{key}": value for key, value in state.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    metadata = {"step": str(step), "minutes": repr(minutes)}
+    metadata = {"step": str(step), "best": repr(best)} | {name: repr(value) for name, value in spent._asdict().items()}
     save_file({name: value.detach().contiguous() for name, value in tensors.items()}, part, metadata)
     os.replace(part, path)
 
 
 def load_state(
     path: Path, objective: nn.Module, average: nn.Module, optimiser: torch.optim.Optimizer
-) -> tuple[int, float]:
-    """Inverse of `save_state`; returns the step and the minutes. Raises `GenMedError` for a foreign file."""
+) -> tuple[int, Spent, float]:
+    """Inverse of `save_state`; returns step, time and highest Dice. Raises `GenMedError` for a foreign file."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
@@ -221,12 +288,23 @@ def load_state(
             number, key = name.split(".")
             states.setdefault(int(number), {})[key] = value
         optimiser.load_state_dict({"state": states, "param_groups": optimiser.state_dict()["param_groups"]})
-        return int(metadata["step"]), float(metadata["minutes"])
+        return int(metadata["step"]), _spent(metadata), float(metadata.get("best", "-inf"))
     except Exception as error:
         raise GenMedError(
             f"{path}: cannot resume from this checkpoint ({' '.join(str(error).split())[:120]}); "
             "train with the same options as before, or without --resume."
         ) from error
+
+
+def time_spent(folder: Path) -> Spent:
+    """Time that the training in a folder took so far, by all clocks, resumed parts included."""
+    with safe_open(folder / CHECKPOINT, framework="pt") as file:
+        return _spent(file.metadata())
+
+
+def _spent(metadata: dict[str, str]) -> Spent:
+    """Checkpoints of version 0.1 know the wall clock only."""
+    return Spent(*(float(metadata.get(name, metadata["minutes"])) for name in Spent._fields))
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -304,28 +382,44 @@ def train(
     init: str | Path | None = None,
     steps: int | None = None,
     seed: int = 0,
+    augmentation: str = "nnunet",
+    cases: int | None = None,
+    draw: int = 0,
+    clock: Callable[[], float] = wall_minutes,
 ) -> Path:
     """Train a joint model on a dataset.json folder and write a model folder.
+
+    The folder `best` in it is a model folder, too, with the weights of the validation with the highest Dice.
 
     Args:
         split: JSON file with train / tune / report ids; without it one is drawn by person and written to OUT.
         max_minutes: stop after so many minutes; the learning rate comes down in time for it.
         spacing: working spacing in mm instead of the data set's median; for thick slices in the plane alone.
         init: a model (name or folder) whose weights to start from, for instance one of a coarser grid.
+        augmentation: of the conditional share of the mixture, `genmed.data.augment.augment` says which there are.
+        cases: train on so many cases of the training part, with stronger spatial augmentation (`few_shot`).
+        draw: seed of the choice of these cases.
+        clock: that `max_minutes` is counted by; `fair_minutes` for comparisons on a busy machine.
     """
     out = Path(out)
     dataset = read_dataset(folder)
     state = PartialState()
     with state.main_process_first():
         parts = read_split(split, dataset.ids) if split else _draw_split(dataset, out, seed)
-    plan = make_plan(dataset, parts, out.name, preset, spacing, steps, seed)
+    parts = few_shot(parts, cases, draw)
+    plan = make_plan(dataset, parts, out.name, preset, spacing, steps, seed, augmentation, cases or 0, draw)
     scans, tune = load_scans(dataset, plan, parts.train), load_scans(dataset, plan, parts.tune)
     torch.manual_seed(seed)
     denoiser = build(plan)
     if init is not None:
         _start_from(denoiser, init)
+
+    def save(folder: Path, model: nn.Module, minutes: float, scores: dict[str, float]) -> None:
+        measured = dataclasses.replace(plan, typical=typical_surprise(model, tune))
+        save_model(folder, measured, model.state_dict(), first_card(dataset, plan, parts, minutes, scores))
+
     average, minutes = fit(
-        JointLoss(denoiser),
+        JointLoss(denoiser, plan.augmentation),
         lambda step, process: draw_batch(scans, plan, step, process),
         out,
         steps=plan.steps,
@@ -334,10 +428,11 @@ def train(
         resume=resume,
         validate=lambda model: tune_dice(conditional(model), tune, plan),
         picture=lambda model: sample_picture(model, plan),
+        clock=clock,
+        keep_best=lambda model, minutes, scores: save(out / BEST, model, minutes, scores),
     )
     if state.is_main_process:
-        card = first_card(dataset, plan, parts, minutes, tune_dice(conditional(average), tune, plan))
-        save_model(out, plan, average.state_dict(), card)
+        save(out, average, minutes, tune_dice(conditional(average), tune, plan))
     return out
 
 
@@ -349,13 +444,46 @@ def make_plan(
     spacing: float | None = None,
     steps: int | None = None,
     seed: int = 0,
+    augmentation: str = "nnunet",
+    cases: int = 0,
+    draw: int = 0,
 ) -> Plan:
     """The plan of the training cases, with the changes that the command line asks for."""
+    if augmentation not in AUGMENTATIONS:
+        raise GenMedError(f"augmentation '{augmentation}' is unknown; choose one of: {', '.join(AUGMENTATIONS)}.")
     plan = plan_from(fingerprint(dataset, parts.train), dataset, preset, spacing)
-    changes: dict[str, Any] = {"name": name, "seed": seed, "source": dataset.name}
+    changes: dict[str, Any] = {
+        "name": name, "seed": seed, "source": dataset.name, "augmentation": augmentation, "cases": cases, "draw": draw,
+    }  # fmt: skip
     if steps is not None:
         changes["steps"] = steps
     return dataclasses.replace(plan, **changes)
+
+
+def few_shot(parts: Split, cases: int | None, draw: int = 0) -> Split:
+    """The split with `cases` of its training cases (None: all of them); the other parts stay.
+
+    The seed `draw` puts the training cases into one random order, first a case of each person, then the others,
+    and the first `cases` of it are taken: draws of one seed are nested, and no person comes twice while another
+    is missing.
+    """
+    if cases is None and draw:
+        raise GenMedError(f"draw {draw} chooses among the training cases; say how many with --cases.")
+    if cases is None:
+        return parts
+    if not 1 <= cases <= len(parts.train):
+        raise GenMedError(f"cases {cases}: the training part of the split has {len(parts.train)}; choose 1 to that.")
+    order = sorted(parts.train)
+    random.Random(draw).shuffle(order)
+    met: set[str] = set()
+    firsts = []
+    for id in order:
+        who = person(parts.dataset, id)
+        if who not in met:
+            firsts.append(id)
+        met.add(who)
+    order = firsts + [id for id in order if id not in firsts]
+    return dataclasses.replace(parts, train=tuple(sorted(order[:cases])))
 
 
 def _draw_split(dataset: Dataset, out: Path, seed: int) -> Split:
@@ -403,6 +531,23 @@ def tune_dice(segment: Callable[[Tensor], Tensor], scans: Sequence[Scan], plan: 
     return {"dice": round(float(means.mean()), 4), **scores}
 
 
+@torch.no_grad()
+def typical_surprise(model: nn.Module, scans: Sequence[Scan]) -> Typical:
+    """How well pairs of clean image and conditional label are denoised: what `genmed.surprise` compares with."""
+    device = next(model.parameters()).device
+
+    def denoise(z: Tensor, sigma: float) -> Tensor:
+        with fast_arithmetic(device.type):
+            return model(z.to(device), torch.full((len(z), len(model.fields)), sigma, device=device)).cpu()  # type: ignore
+
+    def errors_of(image: Tensor) -> Tensor:
+        with fast_arithmetic(device.type):
+            soft = conditional(model)(image).float().softmax(dim=1)
+        return errors(denoise, model.fields, image, soft)  # type: ignore[arg-type]
+
+    return typical([errors_of(image[None]) for image, _ in scans])
+
+
 def _dice(found: Tensor, truth: Tensor) -> float:
     total = int(found.sum() + truth.sum())
     return 2 * int((found & truth).sum()) / total if total else math.nan
@@ -424,8 +569,9 @@ def sample_picture(model: nn.Module, plan: Plan) -> Float[Tensor, "1 h w"]:
 
 
 def first_card(dataset: Dataset, plan: Plan, parts: Split, minutes: float, scores: dict[str, float]) -> Card:
-    """What is known right after training."""
+    """What is known right after training; with a few-shot draw, the names of its cases."""
     spacing = " × ".join(f"{s:g}" for s in plan.spacing_mm)
+    few = f"\n\nFew-shot draw {plan.draw} of {plan.cases} training cases: {', '.join(parts.train)}."
     return Card(
         name=plan.name,
         licence=dataset.licence or "not stated by the training data",
@@ -437,5 +583,5 @@ def first_card(dataset: Dataset, plan: Plan, parts: Split, minutes: float, score
         command="genmed train (Dice on the tune part, working grid, one conditional evaluation)",
         scores={f"tune {name}": value for name, value in scores.items()},
         text=f"# {plan.name}\n\nJoint model of {', '.join(plan.channels)} and {', '.join(plan.labels[1:])} "
-        f"at {spacing} mm.",
+        f"at {spacing} mm. Augmentation: {plan.augmentation}." + (few if plan.cases else ""),
     )

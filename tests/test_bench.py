@@ -112,8 +112,7 @@ def test_peer_takes_any_size_and_names_each_weight_once() -> None:
     )
 
 
-def test_deep_supervision_weighs_heads_as_nnunet_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "augment_intensity", lambda image, generator: image)
+def test_deep_supervision_weighs_heads_as_nnunet_does() -> None:
     torch.manual_seed(0)
     heads = torch.randn(2, 3, 3, 8, 8, 8)
     label = torch.randint(3, (2, 8, 8, 8))
@@ -123,7 +122,7 @@ def test_deep_supervision_weighs_heads_as_nnunet_does(monkeypatch: pytest.Monkey
         def forward(self, image: torch.Tensor) -> torch.Tensor:
             return heads
 
-    loss = peers.SegmentationLoss(Fixed())(Batch(torch.randn(2, 1, 8, 8, 8), label, inside, 0))["loss"]
+    loss = peers.SegmentationLoss(Fixed(), "none")(Batch(torch.randn(2, 1, 8, 8, 8), label, inside, 0))["loss"]
     parts = [categorical_loss(heads[:, k], label, inside) for k in range(3)]
     torch.testing.assert_close(loss, (4 * parts[0] + 2 * parts[1] + parts[2]) / 7)
 

@@ -247,7 +247,8 @@ def test_train_options_reach_the_loop(tmp_path: Path, monkeypatch: pytest.Monkey
     training.train = lambda *given, **named: asked.update(named, given=given)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "genmed.train", training)
     options = (
-        "--split s.json --max-minutes 2.5 --resume --preset large --spacing 2 --init m --steps 9 --seed 4"
+        "--split s.json --max-minutes 2.5 --resume --preset large --spacing 2 --init m --steps 9 --seed 4 "
+        "--augmentation degraded --cases 2 --draw 5"
     )
     result = genmed("train", tmp_path, "--out", tmp_path / "model", *options.split())
     assert result.exit_code == 0, result.output
@@ -261,6 +262,9 @@ def test_train_options_reach_the_loop(tmp_path: Path, monkeypatch: pytest.Monkey
         "init": "m",
         "steps": 9,
         "seed": 4,
+        "augmentation": "degraded",
+        "cases": 2,
+        "draw": 5,
     }
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from genmed.errors import GenMedError
-from genmed.metrics import bootstrap_interval, dice, evaluate, hd95, nsd
+from genmed.metrics import bootstrap_interval, dice, evaluate, hd95, nsd, psnr, ssim
 
 MM = (1.0, 1.0, 1.0)
 MASKS = arrays(bool, (5, 6, 4))
@@ -198,3 +198,61 @@ def test_bootstrap_refuses_what_has_no_mean(values: list[float]) -> None:
         bootstrap_interval(values)
     with pytest.raises(GenMedError, match="groups"):
         bootstrap_interval([1.0], groups=["a", "b"])
+
+
+def images(shape: tuple[int, ...] = (13, 12, 14)) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(0)
+    truth = generator.normal(100, 20, shape)
+    return truth + generator.normal(0, 5, shape), truth
+
+
+def test_psnr_of_a_constant_error_is_exact() -> None:
+    truth = images()[1]
+    assert psnr(truth + 2, truth, 200) == pytest.approx(40)
+    assert psnr(truth - 20, truth, 200) == pytest.approx(20)
+    assert psnr(truth, truth, 200) == math.inf
+    assert psnr(np.uint8([[0, 255]]), np.uint8([[255, 0]]), 255) == 0  # no wrapping round
+
+
+def test_ssim_of_one_window_is_the_formula_with_gaussian_weights() -> None:
+    found, truth = images((11, 11, 11))
+    offsets = np.arange(-5, 6) ** 2
+    weights = np.exp(-(offsets[:, None, None] + offsets[:, None] + offsets) / (2 * 1.5**2))
+    weights /= weights.sum()
+    a, b = (weights * found).sum(), (weights * truth).sum()
+    covariance = (weights * (found - a) * (truth - b)).sum()
+    variances = [(weights * (x - m) ** 2).sum() for x, m in ((found, a), (truth, b))]
+    c1, c2 = (0.01 * 150) ** 2, (0.03 * 150) ** 2
+    expected = (2 * a * b + c1) * (2 * covariance + c2) / ((a**2 + b**2 + c1) * (sum(variances) + c2))
+    assert ssim(found, truth, 150) == pytest.approx(expected, rel=1e-9)
+    assert 0.5 < expected < 0.99
+
+
+def test_ssim_averages_the_windows_that_fit_in() -> None:
+    found, truth = images((13, 11, 12))
+    boxes = [np.s_[x : x + 11, :, z : z + 11] for x in range(3) for z in range(2)]
+    windows = [ssim(found[box], truth[box], 150) for box in boxes]
+    assert ssim(found, truth, 150) == pytest.approx(np.mean(windows))
+
+
+def test_ssim_of_equal_flat_and_negative_images_is_exact() -> None:
+    found, truth = images()
+    assert ssim(truth, truth, 150) == pytest.approx(1)
+    assert ssim(found, truth, 150) == pytest.approx(ssim(truth, found, 150))
+    flat = np.ones((11, 11))
+    c1 = (0.01 * 255) ** 2
+    assert ssim(60 * flat, 120 * flat, 255) == pytest.approx((2 * 60 * 120 + c1) / (60**2 + 120**2 + c1))
+    assert ssim(truth.mean() - (truth - truth.mean()), truth, 150) < 0
+
+
+def test_images_that_cannot_be_compared_are_refused() -> None:
+    found, truth = images()
+    for metric in (psnr, ssim):
+        with pytest.raises(GenMedError, match="different shapes"):
+            metric(found[1:], truth, 1)
+        with pytest.raises(GenMedError, match="range of 0"):
+            metric(found, truth, 0)
+        with pytest.raises(GenMedError, match="NaN"):
+            metric(found + np.nan, truth, 1)
+    with pytest.raises(GenMedError, match="11 voxels"):
+        ssim(found[:10], truth[:10], 1)

@@ -13,7 +13,7 @@ from genmed.errors import GenMedError
 from genmed.hub import Card, Model, save_model
 from genmed.plan import Plan
 from genmed.space import Space, apply_matrices, overlap_matrix
-from genmed.tasks.segment import MATCHES, View, conditional, segment, slice_profile
+from genmed.tasks.segment import MATCHES, Found, View, attempts_at, conditional, segment, slice_profile
 from genmed.volume import Volume
 
 PLAN = Plan(
@@ -248,3 +248,66 @@ def test_a_scan_too_large_for_one_evaluation_goes_patch_by_patch(
     handle.remove()
     assert max(largest) <= 16**3 and len(largest) > 4
     assert result.labels.grid.shape == (20, 18, 33)
+
+
+def test_slice_thickness_is_that_of_the_longest_side_alone() -> None:
+    coarse = scan((6, 6, 3), np.diag([2, 2, 6, 1]))
+    view = View.of(PLAN, coarse, slice_thickness_mm=1.0)
+    assert [int((m[1] > 0).sum()) for m in view.matrices] == [2, 2, 2]  # the middle 1 mm of 6 touches two voxels
+    assert np.allclose(view.matrices[2][1].sum(), 1)
+    assert view.has_thick_slices is False  # all three axes are coarse
+
+
+def test_thin_slices_have_gaps_between_them() -> None:
+    view = View.of(PLAN, scan((10, 12, 3), np.diag([1, 1, 5, 1])))
+    assert view.has_thick_slices and view.slice_thickness_mm is None
+    thin = view.with_thin_slices()
+    assert thin.slice_thickness_mm == pytest.approx(1.0)
+    assert thin.matrices[2].argmax(dim=1).tolist() == [2, 7, 12]
+    assert torch.allclose(thin.matrices[2].sum(dim=1), torch.ones(3))
+    assert torch.equal(thin.matrices[0], view.matrices[0])
+
+
+@pytest.mark.parametrize(
+    ("mode", "match", "complete", "attempts"),
+    [
+        ("auto", "auto", True, ["conditional/none", "restore-then-condition/affine", "restore-then-condition/curve"]),
+        ("auto", "none", True, ["conditional/none"]),
+        ("auto", "curve", True, ["restore-then-condition/curve"]),
+        ("conditional", "auto", True, ["conditional/none"]),
+        ("conditional", "auto", False, ["conditional/none"]),
+        ("joint", "auto", True, ["joint/none", "joint/affine", "joint/curve"]),
+        ("auto", "auto", False, ["restore-then-condition/affine", "restore-then-condition/curve"]),
+        ("auto", "none", False, ["restore-then-condition/none"]),
+    ],
+)
+def test_what_is_tried_in_which_order(mode: str, match: str, complete: bool, attempts: list[str]) -> None:
+    view = View.of(PLAN, scan() if complete else scan((5, 6, 3), np.diag([2, 2, 4, 1])))
+    assert view.complete == complete
+    assert ["/".join(attempt) for attempt in attempts_at(view, mode, match)] == attempts
+
+
+def test_auto_stops_at_what_does_not_surprise_and_else_keeps_the_least_surprising(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from genmed.tasks import segment as module
+
+    surprises: list[float] = []
+    tried: list[str] = []
+
+    def attempt(_: Model, view: View, mode: str, match: str, **options: object) -> Found:
+        tried.append(match)
+        soft = torch.full((1, 3, *view.image.shape[2:]), 1 / 3)
+        return Found(soft, view.image, 0.0, surprises[len(tried) - 1], mode, match)
+
+    monkeypatch.setattr(module, "infer", attempt)
+    for values, expected, kept, doubtful in (
+        ([0.5], ["none"], "none", False),
+        ([9.0, 1.0], ["none", "affine"], "affine", False),
+        ([9.0, 7.0, 8.0], ["none", "affine", "curve"], "affine", True),
+        ([5.0, 7.0, 8.0], ["none", "affine", "curve"], "none", True),
+    ):
+        surprises[:], tried[:] = values, []
+        result = segment(model, scan())
+        assert tried == expected
+        assert (result.match, result.doubtful) == (kept, doubtful)

@@ -27,6 +27,6 @@ def test_shipped_model_segments_clean_scans_and_rescues_coarse_ones() -> None:
     clean = [mean_dice(model, scan, truth, {}) for scan, truth in pairs]
     assert np.mean(clean) > 0.86
     scan, truth = pairs[0]
-    steered = mean_dice(model, coarser(scan, 8), truth, {"samples": 2})
-    plain = mean_dice(model, coarser(scan, 8), truth, {"mode": "conditional"})
+    steered = mean_dice(model, coarser(scan, 8).scan, truth, {"samples": 2})
+    plain = mean_dice(model, coarser(scan, 8).scan, truth, {"mode": "conditional"})
     assert steered > plain + 0.2

@@ -15,7 +15,7 @@ import numpy as np
 
 from genmed.data.dataset import read_dataset
 from genmed.data.split import person, read_split
-from genmed.degrade import coarser, inverted, keep_slices
+from genmed.degrade import Degraded, coarser, inverted, keep_slices
 from genmed.hub import Model, load
 from genmed.metrics import bootstrap_interval, dice
 from genmed.space import Space
@@ -24,20 +24,13 @@ from genmed.volume import Volume, read, read_labels
 
 SPLIT = Path(__file__).parent / "splits" / "hippocampus.json"
 
-Degraded = tuple[Volume, dict[str, Any]]  # scan and options of `segment`
-
-
-def four_slices(scan: Volume) -> Degraded:
-    kept, mask = keep_slices(scan, 4, axis=1)
-    return kept, {"observed": mask}
-
-
 ROWS: dict[str, Callable[[Volume], Degraded]] = {
-    "clean": lambda scan: (scan, {}),
-    "8 mm voxels": lambda scan: (coarser(scan, 8), {}),
-    "4 slices": four_slices,
-    "inverted contrast": lambda scan: (inverted(scan), {"match": "affine"}),
+    "clean": Degraded,
+    "8 mm voxels": lambda scan: coarser(scan, 8),
+    "4 slices": lambda scan: keep_slices(scan, 4, axis=1),
+    "inverted contrast": inverted,
 }
+MATCH = {"inverted contrast": {"match": "affine"}}  # what the user has to say in these rows
 
 
 def mean_dice(model: Model, scan: Volume, truth: Volume, options: dict[str, Any]) -> float:
@@ -62,7 +55,8 @@ def run(model: Model, data: Path, part: str, cases: int | None, samples: int | N
         for id in chosen:
             case = dataset.case(id)
             assert case.label is not None
-            truth, (scan, options) = read_labels(case.label), degrade(read(case.images))
+            truth, worse = read_labels(case.label), degrade(read(case.images))
+            scan, options = worse.scan, worse.options | MATCH.get(name, {})
             plain.append(mean_dice(model, scan, truth, options | {"mode": "conditional"}))
             started = time.monotonic()
             steered.append(mean_dice(model, scan, truth, options | ({"samples": samples} if name != "clean" else {})))

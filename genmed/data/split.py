@@ -14,9 +14,10 @@ PARTS = ("train", "tune", "report")
 
 SUBJECT_RULES: dict[str, tuple[str, Callable[[re.Match[str]], str]]] = {
     # data set name -> pattern of an id, the subject it belongs to. In MSD's hippocampus the files 2k-1 and 2k
-    # are the two sides of one person; ACDC has two frames of each patient.
+    # are the two sides of one person; ACDC has two frames and MS-CMRSeg three sequences of each patient.
     "hippocampus": (r"hippocampus_(\d+)", lambda match: f"person_{(int(match[1]) + 1) // 2:03d}"),
     "acdc": (r"(patient\d+)_.*", lambda match: match[1]),
+    "mscmrseg": (r"((?:subject|patient)\d+)_.*", lambda match: match[1]),
 }
 
 
@@ -41,7 +42,7 @@ def person(dataset_name: str, case_id: str, subject: Mapping[str, str] | str | N
 
     `subject` overrides the rule: a mapping id -> subject, or a regular expression whose first group is the
     subject. Without it, the rule of a known data set applies ("hippocampus": (id + 1) // 2; "acdc":
-    patientNNN), and otherwise every case is its own subject.
+    patientNNN; "mscmrseg": subjectN or patientN), and otherwise every case is its own subject.
     """
     if isinstance(subject, Mapping):
         if case_id not in subject:

@@ -1,7 +1,8 @@
-"""`segment_files`: segment a file, a DICOM folder or a folder of cases, and write the results.
+"""`segment_files` and others: run a task on a file, a DICOM folder or a folder of cases, and write the results.
 
-A case counts as finished once its label map is on disk and in statistics.json. A run that starts again skips
-cases that were finished with the same weights, settings and input. Every file appears whole or not at all.
+A case counts as finished once its files are on disk and in the tables (manifest.json, statistics.json). A run that
+starts again skips cases that were finished with the same weights, settings and input. Every file appears whole or
+not at all. A new task is a function from a scan to `Made`, and a `Task` that names its files.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from genmed.hub import Model
 from genmed.plan import Plan
 from genmed.tasks.inputs import ScanCase, find_cases, stem
 from genmed.tasks.preview import save_preview
+from genmed.tasks.restore import Restoration, restore, save_synthetic, translate
 from genmed.tasks.segment import MATCHES, MODES, Progress, Segmentation, segment
 from genmed.volume import Grid, Volume, read
 
@@ -49,19 +51,63 @@ class Options:
     preview: bool = False
 
     def __post_init__(self) -> None:
-        for key, choices in CHOICES.items():
-            if getattr(self, key) not in choices:
-                raise GenMedError(
-                    f"--{key} {getattr(self, key)}: unknown; choose one of {', '.join(choices)}."
-                )
-        if self.samples is not None and self.samples < 1:
-            raise GenMedError(f"--samples {self.samples}: must be 1 or more.")
-        if self.seed < 0:
-            raise GenMedError(f"--seed {self.seed}: must be 0 or more.")
-        if self.slice_thickness_mm is not None and not 0 < self.slice_thickness_mm < float("inf"):
-            raise GenMedError(f"--slice-thickness {self.slice_thickness_mm}: must be above 0 mm.")
-        if self.observed is not None and not self.observed.exists():
-            raise GenMedError(f"{self.observed}: no such mask or folder; check --observed.")
+        _check(self)
+
+
+@dataclass(frozen=True)
+class RestoreOptions:
+    """How to restore or translate, in the words of the command line. Raises like `Options`."""
+
+    match: str = "auto"
+    samples: int | None = None
+    seed: int = 0
+    roi_mm: Box | None = None
+    observed: Path | None = None  # a mask, or a folder of masks <case>.nii.gz
+    slice_thickness_mm: float | None = None
+    series: str | None = None
+    uncertainty: bool = False
+
+    def __post_init__(self) -> None:
+        _check(self)
+        if self.uncertainty and self.samples == 1:
+            raise GenMedError("--uncertainty: one sample has no spread; give --samples 2 or more.")
+
+
+def _check(options: Options | RestoreOptions) -> None:
+    for key, choices in CHOICES.items():
+        if key in vars(options) and getattr(options, key) not in choices:
+            raise GenMedError(f"--{key} {getattr(options, key)}: unknown; choose one of {', '.join(choices)}.")
+    if options.samples is not None and options.samples < 1:
+        raise GenMedError(f"--samples {options.samples}: must be 1 or more.")
+    if options.seed < 0:
+        raise GenMedError(f"--seed {options.seed}: must be 0 or more.")
+    if options.slice_thickness_mm is not None and not 0 < options.slice_thickness_mm < float("inf"):
+        raise GenMedError(f"--slice-thickness {options.slice_thickness_mm}: must be above 0 mm.")
+    if options.observed is not None and not options.observed.exists():
+        raise GenMedError(f"{options.observed}: no such mask or folder; check --observed.")
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a task made of one scan.
+
+    `files` maps the ending behind the case's name to what writes that file. `facts` go to manifest.json, `statistics`
+    to statistics.json.
+    """
+
+    files: dict[str, Callable[[Path], None]]
+    facts: dict[str, Any]
+    statistics: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is done to every case: `make(id, scan, observed, progress)`, and the files that come of it."""
+
+    name: str  # the sub-command; a folder's tables belong to one
+    make: Callable[[str, Volume, Volume | None, Progress], Made]
+    endings: tuple[str, ...]  # of a case's files; the first is that of the result itself
+    measures: bool = False  # whether there is a statistics.json
 
 
 @dataclass
@@ -79,21 +125,55 @@ class Outcome:
 def segment_files(
     model: Model, source: str | Path, out: str | Path, options: Options | None = None, *, command: str = ""
 ) -> Outcome:
-    """Segment everything at `source` and write to `out`, a .nii.gz file or a folder.
+    """Segment everything at `source` and write to `out`, a .nii.gz file or a folder; see `run_cases`."""
+    options = options or Options()
+    endings = ["nii.gz"]
+    endings += ["probabilities.nii.gz"] if options.probabilities else []
+    endings += ["preview.png"] if options.preview else []
+    task = Task("segment", partial(_segmented, model, options), tuple(endings), measures=True)
+    return run_cases(task, model, source, out, options, command)
+
+
+def restore_files(
+    model: Model, source: str | Path, out: str | Path, options: RestoreOptions | None = None, *, command: str = ""
+) -> Outcome:
+    """Restore everything at `source` and write to `out`, a .synthetic.nii.gz file or a folder; see `run_cases`."""
+    return _synthetic_files("restore", model, source, out, options or RestoreOptions(), command)
+
+
+def translate_files(
+    model: Model, source: str | Path, out: str | Path, options: RestoreOptions | None = None, *, command: str = ""
+) -> Outcome:
+    """`restore_files`, but into the model's own modality."""
+    return _synthetic_files("translate", model, source, out, options or RestoreOptions(), command)
+
+
+def _synthetic_files(
+    name: str, model: Model, source: str | Path, out: str | Path, options: RestoreOptions, command: str
+) -> Outcome:
+    endings = ("synthetic.nii.gz", *(["uncertainty.nii.gz"] if options.uncertainty else []))
+    return run_cases(
+        Task(name, partial(_synthesised, name, model, options), endings), model, source, out, options, command
+    )
+
+
+def run_cases(
+    task: Task, model: Model, source: str | Path, out: str | Path, options: Options | RestoreOptions, command: str
+) -> Outcome:
+    """Run a task on everything at `source` and write to `out`, a file of the task's ending or a folder.
 
     In a folder of cases a broken case is noted in `Outcome.failed` and the others go on; one scan alone
     raises, and so does a full disk.
     """
-    options = options or Options()
     source, out = Path(source), Path(out)
     cases, several = find_cases(source, len(model.plan.channels), options.series)
-    target = _Target.of(out, cases, source, several)
-    record = _Record(target, model, options, command)
-    outcome = Outcome(record.statistics, record.manifest, {case.id: target.labels(case.id) for case in cases})
-    with _bar(len(cases)) as advance:
+    target = _Target.of(out, cases, source, several, task.endings[0])
+    record = _Record(target, task, model, options, command)
+    outcome = Outcome(record.statistics, record.manifest, {case.id: target.result(case.id) for case in cases})
+    with _bar(task.name, len(cases)) as advance:
         for number, case in enumerate(cases):
             try:
-                finished = _segment_case(model, case, target, record, options, partial(advance, number))
+                finished = _run_case(task, model, case, target, record, options, partial(advance, number))
             except Exception as error:
                 if not several or _is_disk_full(error):
                     raise
@@ -105,16 +185,33 @@ def segment_files(
     return outcome
 
 
-def _segment_case(
-    model: Model, case: ScanCase, target: _Target, record: _Record, options: Options, progress: Progress
+def _run_case(
+    task: Task,
+    model: Model,
+    case: ScanCase,
+    target: _Target,
+    record: _Record,
+    options: Options | RestoreOptions,
+    progress: Progress,
 ) -> bool:
-    """Segment and write one case; False if it was finished before."""
+    """Run the task on one case and write its files, the result itself last; False if it was finished before."""
     mask = _mask_of(options.observed, case.id)
     digest = sha256_of(*case.files, *([mask] if mask else []))
     if target.folder is not None and record.is_finished(case.id, digest):
         return False
     scan = case.read(len(model.plan.channels), finite=mask is None, series=options.series)
-    observed = read(mask) if mask else None
+    made = task.make(case.id, scan, read(mask) if mask else None, progress)
+    record.forget(case.id)
+    for ending in reversed(task.endings):
+        made.files[ending](target.path(case.id, ending))
+    record.add(case, digest, made)
+    return True
+
+
+def _segmented(
+    model: Model, options: Options, id: str, scan: Volume, observed: Volume | None, progress: Progress
+) -> Made:
+    """Label map, and what else was asked for."""
     result = segment(
         model,
         scan,
@@ -129,13 +226,57 @@ def _segment_case(
         progress=progress,
     )
     shown = _on_grid(_only_observed(scan, observed), result.labels.grid)
+    files: dict[str, Callable[[Path], None]] = {"nii.gz": result.labels.save}
     if options.probabilities:
-        _probabilities(result, case.id).save(target.beside(case.id, "probabilities.nii.gz"))
+        files["probabilities.nii.gz"] = _probabilities(result, id).save
     if options.preview:
-        save_preview(shown, result.labels, target.beside(case.id, "preview.png"))
-    result.labels.save(target.labels(case.id))
-    record.add(case, digest, result, measure(result, shown, model.plan))
-    return True
+        files["preview.png"] = partial(save_preview, shown, result.labels)
+    return Made(files, {"mode": result.mode} | _facts(result), measure(result, shown, model.plan))
+
+
+def _synthesised(
+    name: str,
+    model: Model,
+    options: RestoreOptions,
+    id: str,
+    scan: Volume,
+    observed: Volume | None,
+    progress: Progress,
+) -> Made:
+    """Restored or translated image, and its standard deviation where that was asked for."""
+    plan = model.plan
+    result = (restore if name == "restore" else translate)(
+        model,
+        scan,
+        match=options.match,
+        samples=options.samples,
+        seed=options.seed,
+        observed=observed,
+        slice_thickness_mm=options.slice_thickness_mm,
+        roi_mm=options.roi_mm,
+        progress=progress,
+    )
+    what = {
+        "restore": f"synthetic: restored by GenMed, model {plan.name}",
+        "translate": f"synthetic: translated by GenMed to {', '.join(plan.channels)}",
+    }[name]
+    files: dict[str, Callable[[Path], None]] = {
+        "synthetic.nii.gz": partial(save_synthetic, result.image, description=what)
+    }
+    if options.uncertainty:
+        assert result.deviation is not None
+        what = "synthetic: standard deviation over samples by GenMed"
+        files["uncertainty.nii.gz"] = partial(save_synthetic, result.deviation, description=what)
+    return Made(files, _facts(result))
+
+
+def _facts(result: Segmentation | Restoration) -> dict[str, Any]:
+    return {
+        "match": result.match,
+        "residual": _finite(result.residual),
+        "seconds": round(result.seconds, 2),
+        "seed": result.seed,
+    }
 
 
 def measure(result: Segmentation, image: np.ndarray, plan: Plan) -> dict[str, Any]:
@@ -222,14 +363,14 @@ def _is_disk_full(error: BaseException | None) -> bool:
 
 
 @contextmanager
-def _bar(total: int) -> Iterator[Callable[..., None]]:
+def _bar(task_name: str, total: int) -> Iterator[Callable[..., None]]:
     """A progress bar on a terminal; yields a function of the cases done and the share of the next one."""
     from rich.console import Console
     from rich.progress import Progress as Bar
 
     console = Console(stderr=True)
     with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("Segmenting", total=total)
+        task = bar.add_task(task_name, total=total)
         yield lambda done, share=0.0: bar.update(task, completed=done + share)
 
 
@@ -242,36 +383,42 @@ class _Target:
 
     folder: Path | None
     file: Path | None
+    ending: str  # of the result itself
 
     @classmethod
-    def of(cls, out: Path, cases: list[ScanCase], source: Path, several: bool) -> _Target:
+    def of(cls, out: Path, cases: list[ScanCase], source: Path, several: bool, ending: str) -> _Target:
         name, suffix = stem(out)
         if suffix.lower() == ".nii.gz":
             if several:
                 raise GenMedError(f"{out}: is one file for {len(cases)} cases; give a folder as --out.")
-            target = cls(None, out)
+            if not out.name.lower().endswith(f".{ending}"):
+                raise GenMedError(f"{out}: must be told from a measured scan by its name; call it {name}.{ending}.")
+            target = cls(None, out, ending)
         elif suffix:
-            raise GenMedError(
-                f"{out}: label maps are written as .nii.gz; name it {name}.nii.gz or give a folder."
-            )
+            raise GenMedError(f"{out}: results are written as .nii.gz; name it {name}.{ending} or give a folder.")
         elif out.is_file():
-            raise GenMedError(f"{out}: is a file; give a folder or a name ending in .nii.gz as --out.")
+            raise GenMedError(f"{out}: is a file; give a folder or a name ending in .{ending} as --out.")
         else:
-            target = cls(out, None)
+            target = cls(out, None, ending)
         inputs = {path.resolve() for case in cases for path in case.paths}
-        clash = next((case.id for case in cases if target.labels(case.id).resolve() in inputs), None)
+        clash = next((case.id for case in cases if target.result(case.id).resolve() in inputs), None)
         if clash or (several and out.resolve() == source.resolve()):
             raise GenMedError(f"{out}: would overwrite the input or mix with it; choose another --out.")
         return target
 
-    def labels(self, id: str) -> Path:
-        return self.file if self.file is not None else self._below(f"{id}.nii.gz")
+    def result(self, id: str) -> Path:
+        return self.path(id, self.ending)
 
-    def beside(self, id: str, ending: str) -> Path:
-        """`<case>.<ending>` in a folder, or the output file's name with another ending."""
-        if self.file is not None:
-            return self.file.with_name(f"{stem(self.file)[0]}.{ending}")
-        return self._below(f"{id}.{ending}")
+    def path(self, id: str, ending: str) -> Path:
+        """`<case>.<ending>` in a folder; of one file its own name, with another ending beside it."""
+        if self.file is None:
+            return self._below(f"{id}.{ending}")
+        return self.file if ending == self.ending else self.file.with_name(f"{self._name}.{ending}")
+
+    @property
+    def _name(self) -> str:
+        assert self.file is not None
+        return self.file.name[: -len(f".{self.ending}")]
 
     def table(self, name: str) -> Path:
         """statistics.json and manifest.json of a folder; of one file OUT, OUT.statistics.json and so on."""
@@ -285,12 +432,18 @@ class _Target:
 class _Record:
     """statistics.json and manifest.json, brought up to date after every case."""
 
-    def __init__(self, target: _Target, model: Model, options: Options, command: str) -> None:
-        self.target = target
+    def __init__(
+        self, target: _Target, task: Task, model: Model, options: Options | RestoreOptions, command: str
+    ) -> None:
+        self.target, self.task = target, task
         self.settings = _settings(model, options)
-        self.statistics: dict[str, Any] = self._earlier("statistics.json")
+        self.statistics: dict[str, Any] = self._earlier("statistics.json") if task.measures else {}
         earlier = self._earlier("manifest.json")
+        if (before := earlier.get("task", "segment")) != task.name and earlier:
+            path = target.table("manifest.json")
+            raise GenMedError(f"{path}: belongs to results of `genmed {before}`; choose another --out.")
         self.manifest: dict[str, Any] = {
+            "task": task.name,
             "versions": _versions(),
             "command": command,
             "model": model.plan.name,
@@ -301,24 +454,24 @@ class _Record:
         }
 
     def is_finished(self, id: str, digest: str) -> bool:
-        """The same input with the same weights and settings is in both tables, and its files are on disk."""
+        """The same input with the same weights and settings is in the tables, and its files are on disk."""
         entry = self.manifest["cases"].get(id, {})
         same = entry.get("input_sha256") == digest and entry.get("settings") == self.settings
-        files = [self.target.labels(id)]
-        files += [self.target.beside(id, "probabilities.nii.gz")] if self.settings["probabilities"] else []
-        files += [self.target.beside(id, "preview.png")] if self.settings["preview"] else []
-        return same and id in self.statistics and all(file.is_file() for file in files)
+        measured = id in self.statistics or not self.task.measures
+        return same and measured and all(self.target.path(id, e).is_file() for e in self.task.endings)
 
-    def add(self, case: ScanCase, digest: str, result: Segmentation, table: dict[str, Any]) -> None:
-        self.statistics[case.id] = table
+    def forget(self, id: str) -> None:
+        """Before its files are replaced: a case that is interrupted now must not pass for the earlier one."""
+        if self.manifest["cases"].pop(id, None) is not None:
+            self._write()
+
+    def add(self, case: ScanCase, digest: str, made: Made) -> None:
+        if self.task.measures:
+            self.statistics[case.id] = made.statistics
         self.manifest["cases"][case.id] = {
             "input": [str(path) for path in case.paths],
             "input_sha256": digest,  # of its files, and of its mask if there is one
-            "mode": result.mode,
-            "match": result.match,
-            "residual": _finite(result.residual),
-            "seconds": round(result.seconds, 2),
-            "seed": result.seed,
+            **made.facts,
             "settings": self.settings,
         }
         self._write()
@@ -330,7 +483,8 @@ class _Record:
     def _write(self) -> None:
         """The manifest first: a case is finished only once the statistics name it."""
         write_json(self.target.table("manifest.json"), self.manifest)
-        write_json(self.target.table("statistics.json"), self.statistics)
+        if self.task.measures:
+            write_json(self.target.table("statistics.json"), self.statistics)
 
     def _earlier(self, name: str) -> dict[str, Any]:
         path = self.target.table(name)
@@ -347,7 +501,7 @@ class _Record:
         return content
 
 
-def _settings(model: Model, options: Options) -> dict[str, Any]:
+def _settings(model: Model, options: Options | RestoreOptions) -> dict[str, Any]:
     """Everything besides the input that decides what a case's files look like, as JSON gives it back."""
     observed = options.observed is not None
     settings = asdict(options) | {"observed": observed, "weights_sha256": model.sha256}

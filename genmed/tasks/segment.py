@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -20,8 +21,9 @@ from genmed.guide import Diverged, consistent, guided, misfit, retry
 from genmed.hub import Model
 from genmed.observe import Identity, Observation, Resample, masked, voxels
 from genmed.plan import Plan
-from genmed.samplers import euler, noise, schedule, seeded, time_travel
+from genmed.samplers import Denoise, euler, noise, schedule, seeded, time_travel
 from genmed.space import Intensity, Space, apply_matrices, resample_matrix
+from genmed.surprise import DRAWS, LIMIT, errors, surprise
 from genmed.tiles import tiled, tiled_logits
 from genmed.volume import Volume, check_image, require_3d, require_same_grid
 
@@ -30,9 +32,14 @@ MATCHES: dict[str, matches.Match] = {
     "none": matches.none,
     "affine": matches.affine,
     "poly": matches.poly(3),
+    "curve": matches.curve(),
     "labels": matches.labels(),
+    "bias": matches.bias(),
     "lncc": matches.lncc(),
+    "mind": matches.mind(),
+    "mi": matches.mutual_information(),
 }
+OTHER_MODALITY = ("affine", "curve")  # tried in this order when the image is surprising
 COARSE = 1.5  # voxels this much larger than the working spacing are an observation, not something to interpolate
 LARGEST_EXTENT = 1.6  # field of view that is believed, in units of the largest one seen in training
 SIGMA_Y = 0.05  # noise of an observed voxel, in standard deviations of the image
@@ -59,8 +66,10 @@ class Segmentation:
     """What `segment` found.
 
     `volume_ml` holds an interval for every structure if there were at least two samples. `residual` is the
-    root mean square of what the model could not explain of the observation, in units of its noise; it is 0
-    in conditional mode, which takes the image as exact.
+    root mean square of what the guided samples do not explain of the observation, in units of its noise; it is 0
+    in conditional mode, which takes the image as exact. `surprise` says how far the pair of image and label is
+    from clean cases, in standard deviations over these (None for a model that has not measured them); above
+    `genmed.surprise.LIMIT` the result is `doubtful`. `slice_thickness_mm` is what slices were taken to average.
     """
 
     labels: Volume
@@ -72,6 +81,24 @@ class Segmentation:
     seconds: float
     seed: int
     image: Volume | None
+    surprise: float | None = None
+    slice_thickness_mm: float | None = None
+
+    @property
+    def doubtful(self) -> bool:
+        """The scan is outside what the model explains: look at the result before it is used."""
+        return self.surprise is not None and self.surprise > LIMIT
+
+
+class Found(NamedTuple):
+    """One way to explain a scan: probabilities and image of every sample, and how well it went."""
+
+    soft: Float[Tensor, "s k x y z"]
+    image: Float[Tensor, "s c x y z"]
+    residual: float
+    surprise: float | None
+    mode: str
+    match: str
 
 
 def segment(
@@ -94,13 +121,15 @@ def segment(
         mode: `conditional` (clean image, one evaluation, or a few per sample), `joint` (guided sampling of the
             pair; the paper's GenMed-Full), `joint-base` (only the image is steered), `restore-then-condition`
             (guided restoration of the image, then its label), or `auto`: conditional for a complete image at
-            about the working spacing and without a match, else restore-then-condition.
-        match: how the observed appearance relates to the model's: `none`, `affine`, `poly`, `labels`, `lncc`, or
-            `auto`: affine for coarse voxels, whose averaging takes contrast away, else none.
+            about the working spacing, else restore-then-condition.
+        match: how the observed appearance relates to the model's, one of `MATCHES`, or `auto`: none for a complete
+            image (affine for coarse voxels, whose averaging takes contrast away) unless what is found surprises
+            the model; then those of `OTHER_MODALITY` are tried and the least surprising result is kept.
         samples: how many to draw and average; default 1 (conditional) or 4.
         grid: result on the scan's own grid (`input`) or the working grid (`model`).
         observed: mask on the scan's grid; voxels where it is 0 are never looked at.
-        slice_thickness_mm: thickness of what a coarse voxel averages along the slice axis, if less than the spacing.
+        slice_thickness_mm: thickness of what a coarse voxel averages along its longest side. By default the spacing
+            or, where the slices of one axis are coarse and a gap between them explains the scan better, one voxel.
         roi_mm: world box ((x0, x1), (y0, y1), (z0, z1)) to which the work is confined.
         progress: called with the finished share.
 
@@ -110,22 +139,37 @@ def segment(
     started = time.monotonic()
     _check_options(mode, match, samples, grid)
     view = View.of(model.plan, scan, observed, slice_thickness_mm, roi_mm)
-    if mode == "auto":
-        mode = "conditional" if view.complete and match in ("auto", "none") else "restore-then-condition"
-    if match == "auto":
-        match = "affine" if view.coarse and mode != "conditional" else "none"
-    count = samples or (1 if mode == "conditional" else SAMPLES)
-    seeds = [seed * 10_007 + number for number in range(count)]
-    with torch.no_grad():
-        if mode == "conditional":
-            soft = conditional(model.denoiser, view.image, seeds if samples else None, model.plan.patch)
-            image, residual = view.image, 0.0
-        else:
-            soft, image, residual = guided_pair(model, view, mode, MATCHES[match], seeds, progress)
-    return _result(
-        model.plan, scan, view, soft, image,
-        grid=grid, residual=residual, mode=mode, match=match, seed=seed, seconds=time.monotonic() - started,
-    )  # fmt: skip
+    attempts = attempts_at(view, mode, match)
+    if view.has_thick_slices and slice_thickness_mm is None and attempts[0][0] != "conditional":
+        thin = view.with_thin_slices()
+        view = min(view, thin, key=lambda view: probe(model, view, attempts[0], seed))
+    found: list[Found] = []
+    for number, attempt in enumerate(attempts):
+        share = _share(progress, number, len(attempts))
+        found.append(infer(model, view, *attempt, samples=samples, seed=seed, progress=share))
+        if found[-1].surprise is None or found[-1].surprise <= LIMIT:
+            break
+    best = found[-1] if found[-1].surprise is None else min(found, key=lambda f: f.surprise or 0.0)
+    if progress:
+        progress(1.0)
+    return _result(model.plan, scan, view, best, grid=grid, seed=seed, seconds=time.monotonic() - started)
+
+
+def attempts_at(view: View, mode: str, match: str) -> list[tuple[str, str]]:
+    """(mode, match) to try in turn until one does not surprise the model, the most likely first."""
+    steered = "restore-then-condition" if mode in ("auto", "conditional") else mode
+    usual = "affine" if view.coarse else "none"
+    first = (steered, usual if match == "auto" else match)
+    if mode == "conditional" or (mode == "auto" and view.complete and match in ("auto", "none")):
+        first = ("conditional", "none")
+    if mode == "conditional" or match != "auto":
+        return [first]
+    return [first, *((steered, other) for other in OTHER_MODALITY if (steered, other) != first)]
+
+
+def _share(progress: Progress | None, number: int, count: int) -> Progress | None:
+    """Progress of one attempt as a share of all."""
+    return (lambda done: progress((number + done) / count)) if progress else None
 
 
 def _check_options(mode: str, match: str, samples: int | None, grid: str) -> None:
@@ -156,7 +200,27 @@ class View:
     y: Float[Tensor, "1 c u v w"]
     seen: Bool[Tensor, "u v w"]
     matrices: tuple[Tensor, Tensor, Tensor]  # working grid -> observation grid
-    coarse: bool
+    coarse_axes: tuple[bool, bool, bool]
+    slice_thickness_mm: float | None = None
+
+    @property
+    def coarse(self) -> bool:
+        """Some axis has voxels well above the working spacing."""
+        return any(self.coarse_axes)
+
+    @property
+    def has_thick_slices(self) -> bool:
+        """One axis is coarse: its slices may average their whole spacing, or have gaps between them."""
+        return sum(self.coarse_axes) == 1
+
+    def with_thin_slices(self) -> View:
+        """The same scan if its slices were as thin as the working voxels, with gaps between."""
+        axis = self.coarse_axes.index(True)
+        thin_mm = self.space.model.spacing_mm[axis]
+        n_y, n_model = self.matrices[axis].shape
+        thin = torch.from_numpy(slice_profile(n_model, n_y, thin_mm, thin_mm * n_model / n_y)).float()
+        x, y, z = (thin if number == axis else m for number, m in enumerate(self.matrices))
+        return replace(self, matrices=(x, y, z), slice_thickness_mm=thin_mm)
 
     @property
     def complete(self) -> bool:
@@ -205,14 +269,16 @@ class View:
         to_y = [resample_matrix(o, n) for o, n in zip(space.oriented, shape, strict=True)]
         weight = apply_matrices(seen, to_y)
         y = apply_matrices(fine, to_y) / np.maximum(weight, 1e-6)
+        spacing_y = [mm * m / n for mm, m, n in zip(space.model.spacing_mm, space.model.shape, shape, strict=True)]
         matrices = [
-            slice_profile(m, n, slice_thickness_mm, spacing * m / n)
-            for m, n, spacing in zip(space.model.shape, shape, space.model.spacing_mm, strict=True)
+            slice_profile(m, n, slice_thickness_mm if mm == max(spacing_y) else None, mm)
+            for m, n, mm in zip(space.model.shape, shape, spacing_y, strict=True)
         ]
         visible = torch.from_numpy(weight[0] > 0.01)
         return cls(
             space, intensity, torch.from_numpy(y).float()[None] * visible, visible,
-            tuple(torch.from_numpy(m).float() for m in matrices), any(coarse_axes),  # type: ignore[arg-type]
+            tuple(torch.from_numpy(m).float() for m in matrices),  # type: ignore[arg-type]
+            tuple(coarse_axes), slice_thickness_mm,  # type: ignore[arg-type]
         )  # fmt: skip
 
 
@@ -276,6 +342,57 @@ def _fill_hidden(y: Float[Tensor, "1 c u v w"], seen: Bool[Tensor, "u v w"]) -> 
 # Inference ------------------------------------------------------------------------------------------------
 
 
+def infer(
+    model: Model,
+    view: View,
+    mode: str,
+    match: str,
+    *,
+    samples: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Found:
+    """Explain a scan in one way: `mode` and `match` are none of `auto` here."""
+    count = samples or (1 if mode == "conditional" else SAMPLES)
+    seeds = [seed * 10_007 + number for number in range(count)]
+    with torch.no_grad():
+        if mode == "conditional":
+            soft = conditional(model.denoiser, view.image, seeds if samples else None, model.plan.patch)
+            image, residual = view.image.expand(len(soft), *view.image.shape[1:]), 0.0
+        else:
+            soft, image, residual = guided_pair(model, view, mode, MATCHES[match], seeds, progress)
+        return Found(soft, image, residual, surprise_of(model, image, soft), mode, match)
+
+
+def surprise_of(
+    model: Model, image: Float[Tensor, "s c x y z"], soft: Float[Tensor, "s k x y z"]
+) -> float | None:
+    """Mean surprise of the samples; None if the model has not measured clean cases."""
+    if not model.plan.typical:
+        return None
+    draws = 1 if image[0, 0].numel() > TILED_ABOVE else max(1, DRAWS // len(image))
+    values = errors(denoise_with(model, image[0, 0].numel()), model.denoiser.fields, image, soft, draws)
+    return float(surprise(values, model.plan.typical).mean())
+
+
+def denoise_with(model: Model, voxels: int) -> Denoise:
+    """(z, sigma) -> z0_hat with one noise level for all fields, patch by patch for large scans."""
+    denoiser = model.denoiser
+
+    def denoise(z: Tensor, sigma: float) -> Tensor:
+        with fast_arithmetic(z.device.type):
+            return denoiser(z, z.new_full((len(z), len(denoiser.fields)), float(sigma)))  # type: ignore[no-any-return]
+
+    return tiled(denoise, model.plan.patch) if voxels > TILED_ABOVE else denoise
+
+
+def probe(model: Model, view: View, attempt: tuple[str, str], seed: int) -> float:
+    """Residual of one guided sample: what the observation's geometry, as assumed by `view`, leaves unexplained."""
+    mode, match = attempt
+    with torch.no_grad():
+        return guided_pair(model, view, mode, MATCHES[match], [seed * 10_007], None)[2]
+
+
 def conditional(
     denoiser: Denoiser,
     image: Float[Tensor, "b c x y z"],
@@ -328,26 +445,23 @@ def guided_pair(
     Returns:
         Label probabilities and image of every sample, and the residual in units of the noise.
     """
-    denoiser, plan = model.denoiser, model.plan
-    fields, observation = denoiser.fields, view.observation()
+    plan, fields, observation = model.plan, model.denoiser.fields, view.observation()
     size = tuple(m.shape[1] for m in view.matrices)
     sigmas = schedule(plan.sigma_max, plan.sigma_min, STEPS)
     total = STEPS + TRAVELS * sum(TRAVELLED[0] <= sigma <= TRAVELLED[1] for sigma in sigmas.tolist())
+    denoise = denoise_with(model, math.prod(size))
     calls = 0
 
-    def denoise(z: Tensor, sigma: float) -> Tensor:
+    def counted(z: Tensor, sigma: float) -> Tensor:
         nonlocal calls
         calls += 1
         if progress:
             progress(min(1.0, calls / total))
-        with fast_arithmetic(z.device.type):
-            return denoiser(z, z.new_full((len(z), len(fields)), float(sigma)))
-
-    is_large = view.image[0, 0].numel() > TILED_ABOVE
+        return denoise(z, sigma)
 
     def sample(scale: float) -> Tensor:
         steered = guided(
-            tiled(denoise, plan.patch) if is_large else denoise, fields, [observation], match=match, scale=scale,
+            counted, fields, [observation], match=match, scale=scale,
             steer="observed" if mode == "joint-base" else "all",
         )  # fmt: skip
         generators = seeded(seeds)
@@ -361,14 +475,19 @@ def guided_pair(
             "the guided sampling diverged at every step size; the scan is too far from what the model has seen. "
             "Try --match affine or --mode conditional."
         ) from error
-    z0 = consistent(z0, fields, [observation], match=match)
-    parts = fields.split(z0)
     residual = _residual(z0, fields, observation, match)
+    parts = fields.split(consistent(z0, fields, [observation], match=match))
+    image = parts["image"] if match is matches.none else _standardised(parts["image"])
     if mode == "restore-then-condition":
-        soft = torch.cat([conditional(denoiser, image[None], patch=plan.patch) for image in parts["image"]])
+        soft = torch.cat([conditional(model.denoiser, one[None], patch=plan.patch) for one in image])
     else:
         soft = probabilities(parts["label"]).clamp(0, 1)
-    return soft, parts["image"], residual
+    return soft, image, residual
+
+
+def _standardised(image: Float[Tensor, "s c x y z"]) -> Float[Tensor, "s c x y z"]:
+    """Normalised as the training images were: a match leaves the contrast of its own side open."""
+    return torch.stack([Intensity.fit(one.numpy()).normalise(one) for one in image])
 
 
 def _residual(z0: Tensor, fields: Fields, observation: Observation, match: matches.Match) -> float:
@@ -380,19 +499,9 @@ def _residual(z0: Tensor, fields: Fields, observation: Observation, match: match
 
 
 def _result(
-    plan: Plan,
-    scan: Volume,
-    view: View,
-    soft: Float[Tensor, "s k x y z"],
-    image: Float[Tensor, "s c x y z"],
-    *,
-    grid: str,
-    residual: float,
-    mode: str,
-    match: str,
-    seed: int,
-    seconds: float,
+    plan: Plan, scan: Volume, view: View, found: Found, *, grid: str, seed: int, seconds: float
 ) -> Segmentation:
+    soft = found.soft
     mean = soft.mean(dim=0).numpy() if len(soft) > 1 else soft[0].numpy()
     names = dict(zip(plan.label_values, plan.labels, strict=True))
     values = np.asarray(plan.label_values, dtype=np.uint8 if max(plan.label_values) < 256 else np.int32)
@@ -406,13 +515,13 @@ def _result(
         labels = working.like(values[mean.argmax(axis=0)][None], names)
         chances = working.like(mean, {})
     restored = None
-    if mode != "conditional":
-        restored = Volume(
-            data=view.intensity.restore(image.mean(dim=0).numpy()).astype(np.float32), affine=space.model.affine
-        )
+    if found.mode != "conditional":
+        image = view.intensity.restore(found.image.mean(dim=0).numpy())
+        restored = Volume(data=image.astype(np.float32), affine=space.model.affine)
     return Segmentation(
-        labels=labels, probabilities=chances, volume_ml=_volumes(plan, space, soft), residual=residual,
-        mode=mode, match=match, seconds=seconds, seed=seed, image=restored,
+        labels=labels, probabilities=chances, volume_ml=_volumes(plan, space, soft), residual=found.residual,
+        surprise=found.surprise, mode=found.mode, match=found.match, slice_thickness_mm=view.slice_thickness_mm,
+        seconds=seconds, seed=seed, image=restored,
     )  # fmt: skip
 
 

@@ -1,0 +1,380 @@
+"""How sure may one be: calibration of probabilities and volume intervals, and what the residual warns of.
+
+    python -m genmed.bench.uncertainty --model hippocampus-mr --data DIR --part tune --cases 8 --samples 8 --out DIR
+
+Clean scans and degraded versions of the same are segmented on the working grid and compared with the truth there.
+Every finished case is kept in cases.csv and reliability.csv and is not run again.
+"""
+
+import argparse
+import csv
+import io
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from genmed.calibration import (
+    Reliability,
+    attainable_coverage,
+    coverage,
+    ece,
+    ece_interval,
+    interval_score,
+    near_boundary,
+    reliability,
+    roc_auc,
+    roc_auc_interval,
+)
+from genmed.data.dataset import Case, read_dataset
+from genmed.data.split import person, read_split
+from genmed.degrade import Degraded, coarser, inverted, keep_slices
+from genmed.errors import GenMedError
+from genmed.files import write_bytes, write_json
+from genmed.hub import Model, load
+from genmed.plan import Plan
+from genmed.space import Space
+from genmed.tasks.segment import Interval, Segmentation, segment
+from genmed.volume import Volume, read, read_labels, require_same_grid
+
+SPLIT = Path(__file__).parent / "splits" / "hippocampus.json"
+SAMPLES = 8
+BINS = 15
+NEAR_MM = 2.0  # from a true or predicted boundary
+REGIONS = NEAR, EVERYWHERE = ("near", "everywhere")
+ALL = "most probable class"
+CASES, BINNED, RECIPE = "cases.csv", "reliability.csv", "recipe.json"
+CASE_COLUMNS = (
+    "input", "case", "structure", "volume_ml_true", "volume_ml_mean", "volume_ml_low", "volume_ml_high",
+    "ece_near", "ece_everywhere", "residual", "mode", "match", "seconds",
+)  # fmt: skip
+BIN_COLUMNS = ("input", "case", "region", "structure", "bin", "confidence", "accuracy", "count")
+
+
+@dataclass(frozen=True)
+class Input:
+    """One way to make a scan worse, and the appearance match that the user asks for."""
+
+    degrade: Callable[[Volume], Degraded]
+    match: str = "auto"
+
+
+INPUTS = {
+    "clean": Input(Degraded),
+    "8 mm voxels": Input(lambda scan: coarser(scan, 8)),
+    "4 slices": Input(lambda scan: keep_slices(scan, 4, axis=1)),
+    "inverted contrast": Input(inverted, "affine"),
+    "inverted contrast, not told": Input(inverted),  # what a user gets who has not noticed: is there a warning?
+}
+REFERENCE = "clean"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one case in one version showed.
+
+    `true_ml` and `volume_ml` go by structure, `claims` by region and structure (or `ALL`).
+    """
+
+    input: str
+    case: str
+    true_ml: dict[str, float]
+    volume_ml: dict[str, Interval]
+    claims: dict[tuple[str, str], Reliability]
+    residual: float
+    mode: str
+    match: str
+    seconds: float
+
+
+Findings = dict[tuple[str, str], Finding]  # by input and case
+
+
+def run(
+    model: Model, data: Path, out: Path, *,
+    part: str = "tune", cases: int | None = None, samples: int = SAMPLES, split: Path = SPLIT,
+) -> str:  # fmt: skip
+    """Segment what is not finished, print the table and write it to `out`, with a picture and a row per case.
+
+    Args:
+        cases: so many evenly spread cases of the part; default all.
+        samples: drawn per case; at least 2, since the intervals come from them.
+
+    Returns:
+        The tables in Markdown.
+    """
+    if samples < 2 or (cases is not None and cases < 1):
+        raise GenMedError(f"{samples} samples of {cases} cases; give at least 2 samples and 1 case.")
+    dataset = read_dataset(data)
+    ids = getattr(read_split(split, dataset.ids), part)
+    if not ids:
+        raise GenMedError(f"{split}: part '{part}' holds no case; choose another.")
+    chosen = ids if cases is None else ids[:: max(1, len(ids) // cases)][:cases]
+    _same_as_before(out, {"weights_sha256": model.sha256, "samples": samples, "bins": BINS, "near_mm": NEAR_MM})
+    findings = read_findings(out)
+    wanted = [(name, id) for name in INPUTS for id in chosen]
+    for name, id in _track([key for key in wanted if key not in findings]):
+        findings[name, id] = examine(model, dataset.case(id), name, samples)
+        write_findings(out, findings)
+    people = {id: person(dataset.name, id) for id in chosen}
+    chosen_findings = {key: findings[key] for key in wanted}
+    text = report(chosen_findings, people, samples)
+    write_bytes(out / "table.md", text.encode("utf-8"))
+    draw(out, chosen_findings)
+    print(text)
+    return text
+
+
+def _same_as_before(out: Path, recipe: Mapping[str, Any]) -> None:
+    """Finished cases are only kept for the same weights and settings."""
+    path = out / RECIPE
+    if path.exists() and (before := json.loads(path.read_text(encoding="utf-8"))) != recipe:
+        changed = next(key for key in recipe if recipe[key] != before.get(key))
+        raise GenMedError(f"{out}: was started with {changed} {before.get(changed)}; use that, or another --out.")
+    write_json(path, recipe)
+
+
+def _track(keys: Sequence[tuple[str, str]]) -> Iterable[tuple[str, str]]:
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(keys, description="Segmenting", console=Console(stderr=True), transient=True)
+
+
+# One case -------------------------------------------------------------------------------------------------
+
+
+def examine(model: Model, case: Case, name: str, samples: int) -> Finding:
+    """Make the case worse, segment it with `samples` samples and compare with the truth."""
+    if case.label is None:
+        raise GenMedError(f"case '{case.id}': has no label map to compare with; choose a labelled part.")
+    worse, match = INPUTS[name].degrade(read(case.images)), INPUTS[name].match
+    started = time.monotonic()
+    found = segment(model, worse.scan, samples=samples, grid="model", match=match, **worse.options)
+    seconds = time.monotonic() - started
+    truth = read_labels(case.label)
+    return judge(model.plan, found, truth, name, case.id, seconds)
+
+
+def judge(plan: Plan, found: Segmentation, truth: Volume, name: str, id: str, seconds: float) -> Finding:
+    """Compare a segmentation on the working grid with the true label map, brought to that grid."""
+    space = Space.fit(truth.grid, plan.spacing_mm, slice_axis_last=plan.thick_slices)
+    true = space.labels_to_model(truth.data[0], plan.label_values)
+    require_same_grid(found.labels, Volume(true[None], space.model.affine))
+    assert found.probabilities is not None
+    soft, spacing_mm = found.probabilities.data, space.model.spacing_mm
+    near = near_boundary(true, spacing_mm, NEAR_MM) | near_boundary(soft.argmax(axis=0), spacing_mm, NEAR_MM)
+    claims = {
+        (region, structure): reliability(soft, true, BINS, label=label, where=where)
+        for region, where in ((NEAR, near), (EVERYWHERE, None))
+        for label, structure in ((None, ALL), *list(enumerate(plan.labels))[1:])
+    }
+    voxel_ml = float(np.prod(spacing_mm)) / 1000
+    true_ml = {s: float(np.count_nonzero(true == k) * voxel_ml) for k, s in enumerate(plan.labels) if k}
+    return Finding(name, id, true_ml, found.volume_ml, claims, found.residual, found.mode, found.match, seconds)
+
+
+# Kept from run to run -------------------------------------------------------------------------------------
+
+
+def write_findings(out: Path, findings: Findings) -> None:
+    """Both tables, whole; cases.csv comes last, because it is what calls a case finished."""
+    bins, cases = [], []
+    for f in findings.values():
+        for (region, structure), r in f.claims.items():
+            for k in np.flatnonzero(r.count):
+                numbers = (int(k), float(r.confidence[k]), float(r.accuracy[k]), int(r.count[k]))
+                bins.append((f.input, f.case, region, structure, *numbers))
+        for structure, true_ml in f.true_ml.items():
+            errors = [ece(f.claims[region, structure]) for region in REGIONS]
+            row = (f.input, f.case, structure, true_ml, *f.volume_ml[structure], *errors)
+            cases.append((*row, f.residual, f.mode, f.match, f.seconds))
+    _write_csv(out / BINNED, BIN_COLUMNS, bins)
+    _write_csv(out / CASES, CASE_COLUMNS, cases)
+
+
+def read_findings(out: Path) -> Findings:
+    """What `write_findings` wrote, to the last digit; nothing where there is no such folder yet."""
+    found: Findings = {}
+    for row in _read_csv(out / CASES, CASE_COLUMNS):
+        name, id, how = row["input"], row["case"], (row["mode"], row["match"])
+        empty = Finding(name, id, {}, {}, {}, float(row["residual"]), *how, float(row["seconds"]))
+        finding = found.setdefault((name, id), empty)
+        low_high = (float(row[f"volume_ml_{name}"]) for name in ("mean", "low", "high"))
+        finding.volume_ml[row["structure"]] = Interval(*low_high)
+        finding.true_ml[row["structure"]] = float(row["volume_ml_true"])
+    for finding in found.values():
+        for region in REGIONS:
+            finding.claims.update({(region, structure): _no_claims() for structure in (ALL, *finding.true_ml)})
+    for row in _read_csv(out / BINNED, BIN_COLUMNS):
+        if (key := (row["input"], row["case"])) in found:
+            bins, k = found[key].claims[row["region"], row["structure"]], int(row["bin"])
+            bins.confidence[k], bins.accuracy[k] = float(row["confidence"]), float(row["accuracy"])
+            bins.count[k] = int(row["count"])
+    return found
+
+
+def _no_claims() -> Reliability:
+    nothing = np.full(BINS, np.nan)
+    return Reliability(np.linspace(0, 1, BINS + 1), nothing, nothing.copy(), np.zeros(BINS, dtype=np.int64))
+
+
+def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    table = io.StringIO(newline="")
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerows([columns, *rows])
+    write_bytes(path, table.getvalue().encode("utf-8"))
+
+
+def _read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != tuple(columns):
+            raise GenMedError(f"{path}: is no table of this benchmark; use another --out.")
+        return list(reader)
+
+
+# The tables -----------------------------------------------------------------------------------------------
+
+
+def report(findings: Findings, people: Mapping[str, str], samples: int) -> str:
+    """Tables over all structures and for each, with their caption, in Markdown."""
+    structures = list(next(iter(findings.values())).true_ml)
+    lines = [
+        "| input | calibration error near boundaries | everywhere | coverage of 95 % intervals | width (ml) "
+        "| interval score (ml) | residual | AUC against clean | s per case |",
+        "|---|---|---|---|---|---|---|---|---|",
+        *(overall_row(name, findings, people) for name in _names(findings)),
+        "",
+        "| input | structure | calibration error near boundaries | everywhere | coverage of 95 % intervals "
+        "| width (ml) | interval score (ml) |",
+        "|---|---|---|---|---|---|---|",
+        *(
+            f"| {name} | {structure} | {_shared_cells(_of(findings, name), people, structure)} |"
+            for name in _names(findings)
+            for structure in structures
+        ),
+        "",
+        f"{len(people)} cases of {len(set(people.values()))} persons, {samples} samples each. Calibration error: ECE "
+        f"with {BINS} bins, of the most probable class (first table) or of the structure's probability (second), over "
+        f"voxels within {NEAR_MM:g} mm of a true or found boundary and over all; in brackets the 95 % bootstrap "
+        "interval, whole persons resampled. Coverage: share of true volumes in the interval [Wilson 95 % interval, "
+        f"every volume taken as independent]; {samples} perfect samples would reach at most "
+        f"{attainable_coverage(samples):.0%}. Width and interval score: means; less is better. Residual: median. AUC: "
+        "chance that a scan's residual exceeds that of a clean one [bootstrap by person].",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def overall_row(name: str, findings: Findings, people: Mapping[str, str]) -> str:
+    """One input, all structures together."""
+    mine, clean = _of(findings, name), _of(findings, REFERENCE)
+    residual = f"{np.median([f.residual for f in mine]):.3g}"
+    seconds = f"{np.mean([f.seconds for f in mine]):.1f}"
+    auc = "–" if name == REFERENCE else _auc(mine, clean, people)
+    return f"| {name} | {_shared_cells(mine, people)} | {residual} | {auc} | {seconds} |"
+
+
+def _shared_cells(findings: Sequence[Finding], people: Mapping[str, str], structure: str | None = None) -> str:
+    """Calibration errors, coverage, width and score; of one structure, or of all."""
+    errors = [_error([f.claims[region, structure or ALL] for f in findings], findings, people) for region in REGIONS]
+    pairs = [(f.volume_ml[s], f.true_ml[s]) for f in findings for s in f.true_ml if structure in (None, s)]
+    limits, true = [(interval.low, interval.high) for interval, _ in pairs], [ml for _, ml in pairs]
+    share, low, high = coverage(limits, true)
+    width = f"{np.mean([b - a for a, b in limits]):.3f}"
+    score = f"{interval_score(limits, true).mean():.3f}"
+    return " | ".join((*errors, f"{share:.0%} [{low:.0%}, {high:.0%}]", width, score))
+
+
+def _error(claims: Sequence[Reliability], findings: Sequence[Finding], people: Mapping[str, str]) -> str:
+    if not (total := reduce(add, claims)).count.any():
+        return "–"
+    low, high = ece_interval(claims, [people[f.case] for f in findings])
+    return f"{ece(total):.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _auc(mine: Sequence[Finding], clean: Sequence[Finding], people: Mapping[str, str]) -> str:
+    worse, normal = ([f.residual for f in side] for side in (mine, clean))
+    low, high = roc_auc_interval(worse, normal, [people[f.case] for f in mine], [people[f.case] for f in clean])
+    return f"{roc_auc(worse, normal):.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _names(findings: Findings) -> list[str]:
+    return list(dict.fromkeys(name for name, _ in findings))
+
+
+def _of(findings: Findings, name: str) -> list[Finding]:
+    return [finding for finding in findings.values() if finding.input == name]
+
+
+# The picture ----------------------------------------------------------------------------------------------
+
+
+def draw(out: Path, findings: Findings) -> None:
+    """Reliability near boundaries as reliability.svg and reliability.png: a panel per input.
+
+    Bars are the share of voxels in every bin of the most probable class; bins with less than 0.5 % of a curve's
+    voxels are left out, because chance rules there.
+    """
+    from matplotlib.figure import Figure
+
+    names = _names(findings)
+    columns = (len(names) + 2) // 2
+    figure = Figure(figsize=(2.9 * columns, 6.2), layout="constrained")
+    panels = figure.subplots(2, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for axes, name in zip(panels, names, strict=False):
+        mine = _of(findings, name)
+        curves = {s: reduce(add, (f.claims[NEAR, s] for f in mine)) for s in (ALL, *mine[0].true_ml)}
+        _draw_panel(axes, name, curves)
+    for above, axes in zip(panels[len(names) - columns :], panels[len(names) :], strict=False):
+        axes.axis("off")
+        above.tick_params(labelbottom=True)
+    panels[-1].legend(*panels[0].get_legend_handles_labels(), loc="center", frameon=False)
+    figure.supxlabel("claimed probability")
+    figure.supylabel("share that is true")
+    for kind in ("svg", "png"):
+        picture = io.BytesIO()
+        figure.savefig(picture, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+        write_bytes(out / f"reliability.{kind}", picture.getvalue())
+
+
+def _draw_panel(axes: Any, title: str, curves: Mapping[str, Reliability]) -> None:
+    edges, share = curves[ALL].edges, curves[ALL].count / max(1, curves[ALL].count.sum())
+    axes.bar(edges[:-1], share, np.diff(edges), align="edge", color="0.88", label="share of voxels")
+    axes.plot([0, 1], [0, 1], color="0.5", linestyle="--", linewidth=1, label="as claimed")
+    for name, found in curves.items():
+        shown = found.count > 0.005 * found.count.sum()
+        style = {"color": "black", "linewidth": 1.8} if name == ALL else {"linewidth": 1.2}
+        axes.plot(found.confidence[shown], found.accuracy[shown], marker=".", label=name, **style)
+    axes.set_title(f"{title}\nerror {ece(curves[ALL]):.3f} near boundaries", fontsize=9)
+    axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+
+
+def main() -> None:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description="Is the model as sure as it should be, on clean and degraded scans?")
+    parser.add_argument("--model", default="hippocampus-mr")
+    parser.add_argument("--data", type=Path, required=True, help="the MSD hippocampus set")
+    parser.add_argument("--part", choices=("tune", "report"), default="tune")
+    parser.add_argument("--cases", type=int, help="so many evenly spread cases; default all")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="samples per case (%(default)s)")
+    parser.add_argument("--out", type=Path, required=True, help="folder of tables and picture; run again to go on")
+    a = parser.parse_args()
+    try:
+        run(load(a.model), a.data, a.out, part=a.part, cases=a.cases, samples=a.samples)
+    except GenMedError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
