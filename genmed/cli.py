@@ -454,6 +454,36 @@ def hippocampus(
     run(data, out, minutes=minutes, model=model, peer=peer, preset=preset, steps=steps)
 
 
+@bench_app.command("segmentation")
+def bench_segmentation(
+    table: Annotated[str, typer.Option(help="standard, degraded, fewshot or zeroshot.")],
+    runs: Annotated[Path, typer.Option(help="Folder of the trainings, RUNS/SET/RUN.")],
+    out: Annotated[Path, typer.Option(help="Folder for table, cases and picture; one for each table.")],
+    data: Annotated[
+        Path | None, typer.Option(envvar="GENMED_DATA", help="Folder that holds the prepared sets by name.")
+    ] = None,
+    set_name: Annotated[str, typer.Option("--set", help="hippocampus, acdc or left_atrium.")] = "hippocampus",
+    part: Annotated[str, typer.Option(help="Part of the split: tune or report.")] = "report",
+    cases: Annotated[int | None, typer.Option(metavar="N", help="So many evenly spread cases; default all.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Training time of each method that is missing; default: the table's.")
+    ] = None,
+    methods: Annotated[str | None, typer.Option(metavar="A,B", help="Only these methods; default: the table's.")] = None,
+    no_train: Annotated[bool, typer.Option("--no-train", help="Do not train what is missing: stop there.")] = False,
+) -> None:
+    """Compare GenMed with its peers on clean, degraded, few or unfamiliar scans, and print the table.
+
+    Missing methods are trained first. Started again after an interruption, it goes on where it was.
+    """
+    from genmed.bench.segmentation import run
+
+    chosen = [name.strip() for name in methods.split(",") if name.strip()] if methods is not None else None
+    run(
+        data, runs, out, table=table, set_name=set_name, part=part, cases=cases, minutes=minutes,
+        methods=chosen, may_train=not no_train,
+    )  # fmt: skip
+
+
 @models_app.command("list")
 def list_models(as_json: Json = False) -> None:
     """Bundled and pulled models, with the licence of their weights beside that of the code."""

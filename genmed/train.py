@@ -496,13 +496,31 @@ def _draw_split(dataset: Dataset, out: Path, seed: int) -> Split:
 
 
 def _start_from(denoiser: Denoiser, init: str | Path) -> None:
-    try:
-        denoiser.load_state_dict(load(init).denoiser.state_dict())
-    except RuntimeError as error:
+    """Take the weights of another model; with other classes, only the image part of the first and the last layer.
+
+    Raises `GenMedError` if anything else differs.
+    """
+    other = load(init).denoiser
+    mine, theirs = denoiser.state_dict(), other.state_dict()  # `mine` shares the memory of the weights
+    image = denoiser.fields.slice("image")
+    outer: dict[str, Any] = {
+        "net.down.0.conv1.weight": (slice(None), image), "net.head.weight": image, "net.head.bias": image,
+    }  # fmt: skip
+    whole = {name for name in mine.keys() & theirs.keys() if mine[name].shape == theirs[name].shape}
+    parts = {name: outer[name] for name in outer.keys() - whole}
+    if (
+        not mine.keys() == theirs.keys() == whole | parts.keys()
+        or other.fields.slice("image") != image
+        or any(mine[name][part].shape != theirs[name][part].shape for name, part in parts.items())
+    ):
         raise GenMedError(
-            f"{init}: its network does not fit this plan (other widths, channels or classes); "
-            "choose the same preset."
-        ) from error
+            f"{init}: its network does not fit this plan (other widths or channels); choose the same preset."
+        )
+    for name in mine:
+        part = parts.get(name, ...)
+        mine[name][part] = theirs[name][part]
+    if parts:
+        print(f"{init}: {len(whole)} of {len(mine)} tensors taken whole, the others' image part", flush=True)
 
 
 def conditional(model: nn.Module) -> Callable[[Float[Tensor, "b c x y z"]], Float[Tensor, "b k x y z"]]:

@@ -31,7 +31,7 @@ from genmed.degrade import (
 from genmed.errors import GenMedError
 from genmed.plan import Plan
 from genmed.space import apply_matrices
-from genmed.tasks.segment import View, slice_profile
+from genmed.tasks.view import View, slice_profile
 from genmed.volume import Volume, read
 
 PLAN = Plan(

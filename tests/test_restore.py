@@ -27,7 +27,8 @@ from genmed.tasks import restore as task
 from genmed.tasks import run
 from genmed.tasks.restore import Restoration, line, restore, save_synthetic, translate
 from genmed.tasks.run import RestoreOptions, restore_files, segment_files, translate_files
-from genmed.tasks.segment import segment, slice_profile
+from genmed.tasks.segment import segment
+from genmed.tasks.view import slice_profile
 from genmed.volume import Volume
 
 Call = dict[str, Any]

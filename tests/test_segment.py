@@ -13,7 +13,8 @@ from genmed.errors import GenMedError
 from genmed.hub import Card, Model, save_model
 from genmed.plan import Plan
 from genmed.space import Space, apply_matrices, overlap_matrix
-from genmed.tasks.segment import MATCHES, Found, View, attempts_at, conditional, segment, slice_profile
+from genmed.tasks.segment import MATCHES, Found, attempts_at, conditional, segment
+from genmed.tasks.view import SIGMA_Y, View, noise_level, slice_profile
 from genmed.volume import Volume
 
 PLAN = Plan(
@@ -311,3 +312,29 @@ def test_auto_stops_at_what_does_not_surprise_and_else_keeps_the_least_surprisin
         result = segment(model, scan())
         assert tried == expected
         assert (result.match, result.doubtful) == (kept, doubtful)
+
+
+@pytest.mark.parametrize("hidden", ["nothing", "slices", "a block"])
+def test_noise_is_estimated_through_smooth_structure(hidden: str) -> None:
+    x, y, z = torch.meshgrid(*[torch.linspace(-2, 2, n) for n in (30, 32, 28)], indexing="ij")
+    smooth = torch.sin(2 * x) + y * z + (x + y > 0.5)
+    noisy = (smooth + 0.4 * torch.randn(smooth.shape, generator=torch.Generator().manual_seed(0)))[None, None]
+    seen = torch.ones(30, 32, 28, dtype=torch.bool)
+    if hidden == "slices":
+        seen[:] = False
+        seen[:, 2::5] = True
+    elif hidden == "a block":
+        seen[:, 8:20] = False
+    estimate = noise_level(torch.where(seen, noisy, torch.full_like(noisy, 1e6)), seen, (0, 1, 2))
+    assert estimate == pytest.approx(0.4, rel=0.1)
+    assert noise_level(smooth[None, None], seen, (0, 1, 2)) < 0.1
+
+
+def test_little_noise_is_taken_for_texture_and_coarse_voxels_tell_nothing() -> None:
+    smooth = np.add.outer(np.add.outer(np.arange(20.0), np.arange(20.0)), np.arange(20.0))[None]
+    rng = np.random.default_rng(0)
+    noise = rng.normal(0, smooth.std(), smooth.shape)
+    clean, noisy = (Volume((smooth + n).astype(np.float32), np.eye(4)) for n in (0 * noise, noise))
+    assert View.of(PLAN, clean).observation.sigma_y == SIGMA_Y
+    assert View.of(PLAN, noisy).observation.sigma_y == pytest.approx(2**-0.5, rel=0.1)
+    assert View.of(PLAN, Volume(noisy.data, np.diag([2.0, 2, 2, 1]))).observation.sigma_y == SIGMA_Y

@@ -25,8 +25,9 @@ from genmed.files import sha256_of, write_bytes, write_json
 from genmed.hub import SUMS, load, read_card
 from genmed.metrics import Score, bootstrap_interval, evaluate
 from genmed.plan import PRESETS, Plan
-from genmed.tasks.segment import View, segment
-from genmed.train import CHECKPOINT, train
+from genmed.tasks.segment import segment
+from genmed.tasks.view import View
+from genmed.train import CHECKPOINT, fair_minutes, train
 from genmed.volume import Volume, read
 
 SPLIT = Path(__file__).parent / "splits" / "hippocampus.json"
@@ -112,6 +113,7 @@ class Recipe:
                 train(
                     self.data, folder, split=self.split, max_minutes=minutes, preset=self.preset,
                     spacing=spacing, init=init, steps=self.steps, resume=(folder / CHECKPOINT).exists(),
+                    clock=fair_minutes,
                 )  # fmt: skip
 
         return self._stages("genmed", stage)
@@ -245,8 +247,8 @@ def report(
         *score_rows(scores[ours.name], scores[peer.name], people),
         f"| parameters | {ours.parameters / 1e6:.2f} M | {peer.parameters / 1e6:.2f} M | |",
         f"| training minutes | {_minutes(ours)} | {_minutes(peer)} | |",
-        f"| training steps | {_steps(ours)} | {_steps(peer)} | |",
-        f"| tune Dice after {shares} % of the minutes | {_plateau(ours)} | {_plateau(peer)} | |",
+        f"| training steps | {steps_of(ours.curve)} | {steps_of(peer.curve)} | |",
+        f"| tune Dice after {shares} % of the minutes | {plateau(ours.curve)} | {plateau(peer.curve)} | |",
         "",
         f"{len(people)} cases of {len(set(people.values()))} persons, none seen in training or tuning, on "
         "the scans' own grids. Mean [95 % bootstrap interval, whole persons resampled]. HD95 and NSD as the "
@@ -296,18 +298,19 @@ def _minutes(method: Method) -> str:
     return "–" if method.minutes is None else f"{method.minutes:.0f}"
 
 
-def _steps(method: Method) -> str:
-    return f"{method.curve[-1]['step']:,.0f}" if method.curve else "–"
+def steps_of(curve: Sequence[Mapping[str, float]]) -> str:
+    """Training steps at the end of a curve."""
+    return f"{curve[-1]['step']:,.0f}" if curve else "–"
 
 
-def _plateau(method: Method) -> str:
+def plateau(curve: Sequence[Mapping[str, float]]) -> str:
     """Dice on the tune part late in the training: is it still rising?"""
-    if not method.curve:
+    if not curve:
         return "–"
-    end = method.curve[-1]["minutes"]
+    end = curve[-1]["minutes"]
     cells = []
     for share in PLATEAU:
-        reached = [row["dice"] for row in method.curve if row["minutes"] <= share * end]
+        reached = [row["dice"] for row in curve if row["minutes"] <= share * end]
         cells.append(f"{reached[-1]:.3f}" if reached else "–")
     return ", ".join(cells)
 
@@ -337,7 +340,12 @@ def draw_curves(out: Path, methods: Sequence[Method]) -> None:
     axes.set(xlabel="training minutes", ylabel="Dice on the tune part")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
+    save_figure(figure, out, "curve")
+
+
+def save_figure(figure: Any, out: Path, name: str) -> None:
+    """A matplotlib figure as `name`.svg and `name`.png, without a date: the same numbers give the same files."""
     for kind in ("svg", "png"):
         picture = io.BytesIO()
         figure.savefig(picture, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
-        write_bytes(out / f"curve.{kind}", picture.getvalue())
+        write_bytes(out / f"{name}.{kind}", picture.getvalue())

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from genmed import match as matches
@@ -19,13 +19,14 @@ from genmed.errors import GenMedError
 from genmed.fields import Fields, probabilities
 from genmed.guide import Diverged, consistent, guided, misfit, retry
 from genmed.hub import Model
-from genmed.observe import Identity, Observation, Resample, masked, voxels
+from genmed.observe import Observation
 from genmed.plan import Plan
 from genmed.samplers import Denoise, euler, noise, schedule, seeded, time_travel
-from genmed.space import Intensity, Space, apply_matrices, resample_matrix
+from genmed.space import Intensity, Space
 from genmed.surprise import DRAWS, LIMIT, errors, surprise
+from genmed.tasks.view import View
 from genmed.tiles import tiled, tiled_logits
-from genmed.volume import Volume, check_image, require_3d, require_same_grid
+from genmed.volume import Volume
 
 MODES = ("auto", "conditional", "joint", "joint-base", "restore-then-condition")
 MATCHES: dict[str, matches.Match] = {
@@ -40,9 +41,6 @@ MATCHES: dict[str, matches.Match] = {
     "mi": matches.mutual_information(),
 }
 OTHER_MODALITY = ("affine", "curve")  # tried in this order when the image is surprising
-COARSE = 1.5  # voxels this much larger than the working spacing are an observation, not something to interpolate
-LARGEST_EXTENT = 1.6  # field of view that is believed, in units of the largest one seen in training
-SIGMA_Y = 0.05  # noise of an observed voxel, in standard deviations of the image
 STEPS = 8  # noise levels of a guided trajectory
 TRAVELS = 2  # times each level of it between TRAVELLED is repeated
 TRAVELLED = (0.1, 3.0)
@@ -184,161 +182,6 @@ def _check_options(mode: str, match: str, samples: int | None, grid: str) -> Non
         raise GenMedError(f"samples must be at least 1, not {samples}.")
 
 
-# What was seen --------------------------------------------------------------------------------------------
-
-
-@dataclass
-class View:
-    """A scan as the model sees it.
-
-    `y` holds its normalised voxels on the observation grid: oriented, the scan's own voxels along coarse
-    axes, the working grid's along the others. `image` is their interpolation on the working grid.
-    """
-
-    space: Space
-    intensity: Intensity
-    y: Float[Tensor, "1 c u v w"]
-    seen: Bool[Tensor, "u v w"]
-    matrices: tuple[Tensor, Tensor, Tensor]  # working grid -> observation grid
-    coarse_axes: tuple[bool, bool, bool]
-    slice_thickness_mm: float | None = None
-
-    @property
-    def coarse(self) -> bool:
-        """Some axis has voxels well above the working spacing."""
-        return any(self.coarse_axes)
-
-    @property
-    def has_thick_slices(self) -> bool:
-        """One axis is coarse: its slices may average their whole spacing, or have gaps between them."""
-        return sum(self.coarse_axes) == 1
-
-    def with_thin_slices(self) -> View:
-        """The same scan if its slices were as thin as the working voxels, with gaps between."""
-        axis = self.coarse_axes.index(True)
-        thin_mm = self.space.model.spacing_mm[axis]
-        n_y, n_model = self.matrices[axis].shape
-        thin = torch.from_numpy(slice_profile(n_model, n_y, thin_mm, thin_mm * n_model / n_y)).float()
-        x, y, z = (thin if number == axis else m for number, m in enumerate(self.matrices))
-        return replace(self, matrices=(x, y, z), slice_thickness_mm=thin_mm)
-
-    @property
-    def complete(self) -> bool:
-        """Every voxel of the working grid was observed, at about its spacing."""
-        return not self.coarse and bool(self.seen.all())
-
-    @property
-    def image(self) -> Float[Tensor, "1 c x y z"]:
-        """The best plain interpolation on the working grid (hidden voxels: from the nearest seen ones)."""
-        filled = _fill_hidden(self.y, self.seen)
-        return apply_matrices(filled, [_interpolation(m) for m in self.matrices])
-
-    def observation(self, sigma_y: float = SIGMA_Y) -> Observation:
-        if not self.coarse:
-            return Observation("image", self.y, Identity() if self.complete else voxels(self.seen), sigma_y)
-        operator = Resample(self.matrices)
-        return Observation("image", self.y, masked(operator, self.seen), sigma_y)
-
-    @classmethod
-    def of(
-        cls,
-        plan: Plan,
-        scan: Volume,
-        observed: Volume | None = None,
-        slice_thickness_mm: float | None = None,
-        roi_mm: Sequence[tuple[float, float]] | None = None,
-    ) -> View:
-        """Orient, crop and normalise what was observed; everything else is overwritten first."""
-        data, mask = _observed_only(scan, observed)
-        require_3d(scan)
-        if len(data) != len(plan.channels):
-            raise GenMedError(
-                f"{scan.path or 'scan'}: has {len(data)} channel(s), but model '{plan.name}' needs "
-                f"{len(plan.channels)} ({', '.join(plan.channels)}); give one file per channel."
-            )
-        space = Space.fit(scan.grid, plan.spacing_mm, slice_axis_last=plan.thick_slices, roi_mm=roi_mm)
-        _check_extent(plan, space, scan)
-        fine, seen = space.orient(data), space.orient(mask[None].astype(np.float32))
-        if not seen.any():
-            raise GenMedError(f"{scan.path or 'scan'}: nothing was observed in the region; check --observed and --roi.")
-        intensity = Intensity.fit(fine, seen[0] > 0)
-        fine = intensity.normalise(fine) * seen
-        scale = [m / o for m, o in zip(space.model.shape, space.oriented, strict=True)]
-        coarse_axes = [ratio > COARSE for ratio in scale]
-        shape = [o if c else m for o, m, c in zip(space.oriented, space.model.shape, coarse_axes, strict=True)]
-        to_y = [resample_matrix(o, n) for o, n in zip(space.oriented, shape, strict=True)]
-        weight = apply_matrices(seen, to_y)
-        y = apply_matrices(fine, to_y) / np.maximum(weight, 1e-6)
-        spacing_y = [mm * m / n for mm, m, n in zip(space.model.spacing_mm, space.model.shape, shape, strict=True)]
-        matrices = [
-            slice_profile(m, n, slice_thickness_mm if mm == max(spacing_y) else None, mm)
-            for m, n, mm in zip(space.model.shape, shape, spacing_y, strict=True)
-        ]
-        visible = torch.from_numpy(weight[0] > 0.01)
-        return cls(
-            space, intensity, torch.from_numpy(y).float()[None] * visible, visible,
-            tuple(torch.from_numpy(m).float() for m in matrices),  # type: ignore[arg-type]
-            tuple(coarse_axes), slice_thickness_mm,  # type: ignore[arg-type]
-        )  # fmt: skip
-
-
-def _observed_only(scan: Volume, observed: Volume | None) -> tuple[np.ndarray, np.ndarray]:
-    """Voxels with zeros for everything unseen, and the mask."""
-    if observed is None:
-        check_image(scan)
-        return scan.data, np.ones(scan.grid.shape, dtype=bool)
-    require_same_grid(scan, observed)
-    mask = observed.data[0] != 0
-    if not mask.any():
-        raise GenMedError(f"{observed.path or 'observed mask'}: observes nothing; mark seen voxels with 1.")
-    data = np.where(mask, scan.data, np.zeros((), dtype=scan.data.dtype))
-    if not np.isfinite(data).all():
-        raise GenMedError(f"{scan.path or 'scan'}: observed voxels are NaN or infinite; mask them out.")
-    if all(np.ptp(channel[mask]) == 0 for channel in data):
-        raise GenMedError(f"{scan.path or 'scan'}: the observed voxels are constant; check --observed.")
-    return data, mask
-
-
-def _check_extent(plan: Plan, space: Space, scan: Volume) -> None:
-    size = [n * s for n, s in zip(space.model.shape, space.model.spacing_mm, strict=True)]
-    if any(mm > LARGEST_EXTENT * seen for mm, seen in zip(size, plan.extent_mm, strict=True)):
-        covered, trained = (" × ".join(f"{mm:.0f}" for mm in box) for box in (size, plan.extent_mm))
-        raise GenMedError(
-            f"{scan.path or 'scan'}: covers {covered} mm, but model '{plan.name}' was trained on crops of at most "
-            f"{trained} mm; give --roi with a box of that size around the structure."
-        )
-
-
-def slice_profile(n_model: int, n_y: int, thickness_mm: float | None, spacing_mm: float) -> np.ndarray:
-    """Matrix (n_y, n_model): what each observed voxel averages of the working grid along one axis.
-
-    A voxel averages its whole length, or the middle `thickness_mm` of it where slices have gaps between.
-    """
-    share = 1.0 if n_y == n_model or thickness_mm is None else min(1.0, thickness_mm / spacing_mm)
-    ratio = n_model / n_y
-    centres = (np.arange(n_y) + 0.5) * ratio
-    low, high = centres - ratio * share / 2, centres + ratio * share / 2
-    edges = np.arange(n_model)
-    overlap = np.minimum(high[:, None], edges + 1) - np.maximum(low[:, None], edges)
-    overlap = overlap.clip(min=0)
-    return (overlap / overlap.sum(axis=1, keepdims=True)).astype(np.float32)
-
-
-def _interpolation(matrix: Tensor) -> Tensor:
-    n_y, n_model = matrix.shape
-    return torch.from_numpy(resample_matrix(n_y, n_model)).float()
-
-
-def _fill_hidden(y: Float[Tensor, "1 c u v w"], seen: Bool[Tensor, "u v w"]) -> Float[Tensor, "1 c u v w"]:
-    if bool(seen.all()):
-        return y
-    from scipy.ndimage import distance_transform_edt
-
-    nearest = distance_transform_edt(~seen.numpy(), return_distances=False, return_indices=True)
-    u, v, w = (torch.from_numpy(index).long() for index in nearest)
-    return y[:, :, u, v, w]
-
-
 # Inference ------------------------------------------------------------------------------------------------
 
 
@@ -445,7 +288,7 @@ def guided_pair(
     Returns:
         Label probabilities and image of every sample, and the residual in units of the noise.
     """
-    plan, fields, observation = model.plan, model.denoiser.fields, view.observation()
+    plan, fields, observation = model.plan, model.denoiser.fields, view.observation
     size = tuple(m.shape[1] for m in view.matrices)
     sigmas = schedule(plan.sigma_max, plan.sigma_min, STEPS)
     total = STEPS + TRAVELS * sum(TRAVELLED[0] <= sigma <= TRAVELLED[1] for sigma in sigmas.tolist())

@@ -1,0 +1,204 @@
+"""What was seen of a scan, on the model's working grid: the observation that every mode explains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from genmed.errors import GenMedError
+from genmed.observe import Identity, Observation, Resample, masked, voxels
+from genmed.plan import Plan
+from genmed.space import Intensity, Space, apply_matrices, resample_matrix
+from genmed.volume import Volume, check_image, require_3d, require_same_grid
+
+COARSE = 1.5  # voxels this much larger than the working spacing are an observation, not something to interpolate
+LARGEST_EXTENT = 1.6  # field of view that is believed, in units of the largest one seen in training
+SIGMA_Y = 0.05  # noise of an observed voxel, in standard deviations of the image
+FEWEST_VOXELS = 500  # that an estimate of the noise needs
+NOISY = 0.2  # noise that is taken for noise rather than texture; above it the estimate is SIGMA_Y
+
+
+@dataclass
+class View:
+    """A scan as the model sees it.
+
+    `y` holds its normalised voxels on the observation grid: oriented, the scan's own voxels along coarse
+    axes, the working grid's along the others. `image` is their interpolation on the working grid.
+    """
+
+    space: Space
+    intensity: Intensity
+    y: Float[Tensor, "1 c u v w"]
+    seen: Bool[Tensor, "u v w"]
+    matrices: tuple[Tensor, Tensor, Tensor]  # working grid -> observation grid
+    coarse_axes: tuple[bool, bool, bool]
+    slice_thickness_mm: float | None = None
+
+    @property
+    def coarse(self) -> bool:
+        """Some axis has voxels well above the working spacing."""
+        return any(self.coarse_axes)
+
+    @property
+    def has_thick_slices(self) -> bool:
+        """One axis is coarse: its slices may average their whole spacing, or have gaps between them."""
+        return sum(self.coarse_axes) == 1
+
+    def with_thin_slices(self) -> View:
+        """The same scan if its slices were as thin as the working voxels, with gaps between."""
+        axis = self.coarse_axes.index(True)
+        thin_mm = self.space.model.spacing_mm[axis]
+        n_y, n_model = self.matrices[axis].shape
+        thin = torch.from_numpy(slice_profile(n_model, n_y, thin_mm, thin_mm * n_model / n_y)).float()
+        x, y, z = (thin if number == axis else m for number, m in enumerate(self.matrices))
+        return replace(self, matrices=(x, y, z), slice_thickness_mm=thin_mm)
+
+    @property
+    def complete(self) -> bool:
+        """Every voxel of the working grid was observed, at about its spacing."""
+        return not self.coarse and bool(self.seen.all())
+
+    @property
+    def image(self) -> Float[Tensor, "1 c x y z"]:
+        """The best plain interpolation on the working grid (hidden voxels: from the nearest seen ones)."""
+        filled = _fill_hidden(self.y, self.seen)
+        return apply_matrices(filled, [_interpolation(m) for m in self.matrices])
+
+    @property
+    def sigma_y(self) -> float:
+        """Noise of an observed voxel: estimated where there is much of it."""
+        estimate = noise_level(self.y, self.seen, [axis for axis in range(3) if not self.coarse_axes[axis]])
+        return estimate if estimate > NOISY else SIGMA_Y
+
+    @property
+    def observation(self) -> Observation:
+        """What the guide compares with, in units of the noise."""
+        sigma_y = self.sigma_y
+        if not self.coarse:
+            return Observation("image", self.y, Identity() if self.complete else voxels(self.seen), sigma_y)
+        operator = Resample(self.matrices)
+        return Observation("image", self.y, masked(operator, self.seen), sigma_y)
+
+    @classmethod
+    def of(
+        cls,
+        plan: Plan,
+        scan: Volume,
+        observed: Volume | None = None,
+        slice_thickness_mm: float | None = None,
+        roi_mm: Sequence[tuple[float, float]] | None = None,
+    ) -> View:
+        """Orient, crop and normalise what was observed; everything else is overwritten first."""
+        data, mask = _observed_only(scan, observed)
+        require_3d(scan)
+        if len(data) != len(plan.channels):
+            raise GenMedError(
+                f"{scan.path or 'scan'}: has {len(data)} channel(s), but model '{plan.name}' needs "
+                f"{len(plan.channels)} ({', '.join(plan.channels)}); give one file per channel."
+            )
+        space = Space.fit(scan.grid, plan.spacing_mm, slice_axis_last=plan.thick_slices, roi_mm=roi_mm)
+        _check_extent(plan, space, scan)
+        fine, seen = space.orient(data), space.orient(mask[None].astype(np.float32))
+        if not seen.any():
+            raise GenMedError(f"{scan.path or 'scan'}: nothing was observed in the region; check --observed and --roi.")
+        intensity = Intensity.fit(fine, seen[0] > 0)
+        fine = intensity.normalise(fine) * seen
+        scale = [m / o for m, o in zip(space.model.shape, space.oriented, strict=True)]
+        coarse_axes = [ratio > COARSE for ratio in scale]
+        shape = [o if c else m for o, m, c in zip(space.oriented, space.model.shape, coarse_axes, strict=True)]
+        to_y = [resample_matrix(o, n) for o, n in zip(space.oriented, shape, strict=True)]
+        weight = apply_matrices(seen, to_y)
+        y = apply_matrices(fine, to_y) / np.maximum(weight, 1e-6)
+        spacing_y = [mm * m / n for mm, m, n in zip(space.model.spacing_mm, space.model.shape, shape, strict=True)]
+        matrices = [
+            slice_profile(m, n, slice_thickness_mm if mm == max(spacing_y) else None, mm)
+            for m, n, mm in zip(space.model.shape, shape, spacing_y, strict=True)
+        ]
+        visible = torch.from_numpy(weight[0] > 0.01)
+        return cls(
+            space, intensity, torch.from_numpy(y).float()[None] * visible, visible,
+            tuple(torch.from_numpy(m).float() for m in matrices),  # type: ignore[arg-type]
+            tuple(coarse_axes), slice_thickness_mm,  # type: ignore[arg-type]
+        )  # fmt: skip
+
+
+def _observed_only(scan: Volume, observed: Volume | None) -> tuple[np.ndarray, np.ndarray]:
+    """Voxels with zeros for everything unseen, and the mask."""
+    if observed is None:
+        check_image(scan)
+        return scan.data, np.ones(scan.grid.shape, dtype=bool)
+    require_same_grid(scan, observed)
+    mask = observed.data[0] != 0
+    if not mask.any():
+        raise GenMedError(f"{observed.path or 'observed mask'}: observes nothing; mark seen voxels with 1.")
+    data = np.where(mask, scan.data, np.zeros((), dtype=scan.data.dtype))
+    if not np.isfinite(data).all():
+        raise GenMedError(f"{scan.path or 'scan'}: observed voxels are NaN or infinite; mask them out.")
+    if all(np.ptp(channel[mask]) == 0 for channel in data):
+        raise GenMedError(f"{scan.path or 'scan'}: the observed voxels are constant; check --observed.")
+    return data, mask
+
+
+def _check_extent(plan: Plan, space: Space, scan: Volume) -> None:
+    size = [n * s for n, s in zip(space.model.shape, space.model.spacing_mm, strict=True)]
+    if any(mm > LARGEST_EXTENT * seen for mm, seen in zip(size, plan.extent_mm, strict=True)):
+        covered, trained = (" × ".join(f"{mm:.0f}" for mm in box) for box in (size, plan.extent_mm))
+        raise GenMedError(
+            f"{scan.path or 'scan'}: covers {covered} mm, but model '{plan.name}' was trained on crops of at most "
+            f"{trained} mm; give --roi with a box of that size around the structure."
+        )
+
+
+def slice_profile(n_model: int, n_y: int, thickness_mm: float | None, spacing_mm: float) -> np.ndarray:
+    """Matrix (n_y, n_model): what each observed voxel averages of the working grid along one axis.
+
+    A voxel averages its whole length, or the middle `thickness_mm` of it where slices have gaps between.
+    """
+    share = 1.0 if n_y == n_model or thickness_mm is None else min(1.0, thickness_mm / spacing_mm)
+    ratio = n_model / n_y
+    centres = (np.arange(n_y) + 0.5) * ratio
+    low, high = centres - ratio * share / 2, centres + ratio * share / 2
+    edges = np.arange(n_model)
+    overlap = np.minimum(high[:, None], edges + 1) - np.maximum(low[:, None], edges)
+    overlap = overlap.clip(min=0)
+    return (overlap / overlap.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def _interpolation(matrix: Tensor) -> Tensor:
+    n_y, n_model = matrix.shape
+    return torch.from_numpy(resample_matrix(n_y, n_model)).float()
+
+
+def _fill_hidden(y: Float[Tensor, "1 c u v w"], seen: Bool[Tensor, "u v w"]) -> Float[Tensor, "1 c u v w"]:
+    if bool(seen.all()):
+        return y
+    from scipy.ndimage import distance_transform_edt
+
+    nearest = distance_transform_edt(~seen.numpy(), return_distances=False, return_indices=True)
+    u, v, w = (torch.from_numpy(index).long() for index in nearest)
+    return y[:, :, u, v, w]
+
+
+def noise_level(y: Float[Tensor, "1 c u v w"], seen: Bool[Tensor, "u v w"], axes: Sequence[int]) -> float:
+    """Standard deviation of the noise of the noisiest channel: what second differences along several axes leave.
+
+    The three-dimensional form of Immerkær (1996), with the median that ignores edges. Differences are taken along
+    all `axes` or, where hidden voxels leave too few, along two of them; 0 where that is not possible either.
+    """
+    for chosen in (axes, *combinations(axes, 2)):
+        inner = tuple(slice(1, -1) if axis in chosen else slice(None) for axis in range(3))
+        known, differences = seen.clone(), y[0]
+        for axis in chosen:
+            known = known & known.roll(1, axis) & known.roll(-1, axis)
+            differences = 2 * differences - differences.roll(1, axis + 1) - differences.roll(-1, axis + 1)
+        known = known[inner]
+        if len(chosen) > 1 and int(known.sum()) >= FEWEST_VOXELS:
+            size = differences[:, *inner][:, known].abs().median(dim=1).values / 0.6745
+            return float(size.amax()) / 6 ** (len(chosen) / 2)
+    return 0.0
