@@ -30,6 +30,7 @@ RESUME = {
     "data": "run the same command again: it goes on where the download stopped, and skips converted cases",
 }
 INTERRUPTED = 130
+SHOWN = ("mode", "match", "residual", "surprise", "doubtful", "slice_thickness_mm", "seconds")  # of a finished case
 
 
 class _Commands(TyperGroup):
@@ -262,7 +263,8 @@ def segment(
         str, typer.Option(help="auto, conditional, joint, joint-base or restore-then-condition.")
     ] = "auto",
     match: Annotated[
-        str, typer.Option(help="How intensities may differ: auto, none, affine, poly, labels or lncc.")
+        str,
+        typer.Option(help="Intensities may differ: auto, none, affine, curve, poly, labels, bias, lncc, mind, mi."),
     ] = "auto",
     samples: Annotated[int | None, typer.Option(help="Samples to average; they give intervals.")] = None,
     seed: Seed = 0,
@@ -468,7 +470,7 @@ def bench_segmentation(
     minutes: Annotated[
         float | None, typer.Option(help="Training time of each method that is missing; default: the table's.")
     ] = None,
-    methods: Annotated[str | None, typer.Option(metavar="A,B", help="Only these methods; default: the table's.")] = None,
+    methods: Annotated[str | None, typer.Option(metavar="A,B", help="Only these methods; default: all.")] = None,
     no_train: Annotated[bool, typer.Option("--no-train", help="Do not train what is missing: stop there.")] = False,
 ) -> None:
     """Compare GenMed with its peers on clean, degraded, few or unfamiliar scans, and print the table.
@@ -630,7 +632,7 @@ def _results(outcome: Outcome) -> dict[str, Any]:
                 "out": str(path),
                 "skipped": case in outcome.skipped,
                 **({"structures": outcome.statistics[case]} if case in outcome.statistics else {}),
-                **{key: cases[case][key] for key in ("mode", "match", "residual", "seconds") if key in cases[case]},
+                **{key: cases[case][key] for key in SHOWN if key in cases[case]},
             }
             for case, path in outcome.outputs.items()
             if case not in outcome.failed
@@ -656,6 +658,7 @@ def _segmented_text(outcome: Outcome) -> str:
         how = (
             "finished before" if facts["skipped"] else f"{facts['mode']}{residual}, {facts['seconds']:.1f} s"
         )
+        how += "; DOUBTFUL: unlike what the model knows, look at it" if facts.get("doubtful") else ""
         lines.append(f"{case}: {volumes} ({how}) -> {facts['out']}")
     return "\n".join(lines)
 

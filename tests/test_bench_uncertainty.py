@@ -84,12 +84,12 @@ def truth() -> Volume:
     return Volume(label, np.eye(4), {1: "Anterior", 2: "Posterior"})
 
 
-def found(soft: np.ndarray, residual: float = 1.0) -> Segmentation:
+def found(soft: np.ndarray, surprise: float = 1.0) -> Segmentation:
     """A segmentation with given probabilities whose volume intervals are 0.3 to 0.5 ml."""
     working = Volume(np.zeros((1, *SHAPE), np.uint8), np.eye(4))
     intervals = {name: Interval(0.4, 0.3, 0.5) for name in PLAN.labels[1:]}
     labels = working.like(soft.argmax(axis=0).astype(np.uint8))
-    return Segmentation(labels, working.like(soft), intervals, residual, "conditional", "none", 0.1, 0, None)
+    return Segmentation(labels, working.like(soft), intervals, 0.0, "conditional", "none", 0.1, 0, None, surprise)
 
 
 def sure(confidence: float, right: bool = True) -> np.ndarray:
@@ -99,8 +99,8 @@ def sure(confidence: float, right: bool = True) -> np.ndarray:
     return np.where(np.arange(3)[:, None, None, None] == chosen, confidence, (1 - confidence) / 2)
 
 
-def finding(name: str, case: str, soft: np.ndarray, residual: float = 1.0) -> Finding:
-    return judge(PLAN, found(soft, residual), truth(), name, case, 2.0)
+def finding(name: str, case: str, soft: np.ndarray, plain: float = 1.0) -> Finding:
+    return judge(PLAN, found(soft, surprise=0.25), truth(), name, case, 2.0, plain)
 
 
 def test_judging_compares_with_the_truth_on_the_working_grid() -> None:
@@ -165,16 +165,17 @@ def test_table_gives_exact_numbers() -> None:
     """Person 1 has two cases, person 2 one; clean claims are 0.8 sure and right, degraded ones 0.7 and wrong."""
     findings: Findings = {}
     for k, id in enumerate(IDS[:3]):
-        findings["clean", id] = finding("clean", id, sure(0.8), residual=1 + k)
-        findings["4 slices", id] = finding("4 slices", id, sure(0.7, right=False), residual=2.5 + k)
+        findings["clean", id] = finding("clean", id, sure(0.8), plain=1 + k)
+        findings["4 slices", id] = finding("4 slices", id, sure(0.7, right=False), plain=2.5 + k)
     text = report(findings, dict(zip(IDS[:3], "aab", strict=True)), samples=4)
     clean, slices = (next(line for line in text.splitlines() if line.startswith(f"| {name} |"))
                      for name in ("clean", "4 slices"))  # fmt: skip
     # true volumes 0.384 (inside 0.3 to 0.5) and 0.512 ml (0.012 above): score 0.2 + 40 × 0.012 for one of two
     shared = r"\| 50% \[19%, 81%\] \| 0\.200 \| 0\.440 \|"
-    assert re.search(rf"0\.200 \[0\.200, 0\.200\] \| 0\.200 \[0\.200, 0\.200\] {shared} 2 \| – \| 2\.0 \|$", clean)
+    errors = r"0\.200 \[0\.200, 0\.200\] \| 0\.200 \[0\.200, 0\.200\]"
+    assert re.search(rf"{errors} {shared} 2\.0 \| – \| 0\.2 \| 2\.0 \|$", clean)
     auc = (1 + 1 + 0 + 1 + 1 + 1 + 1 + 1 + 1) / 9
-    assert re.search(rf"0\.700 .* {shared} 3\.5 \| {auc:.2f} \[", slices)
+    assert re.search(rf"0\.700 .* {shared} 3\.5 \| {auc:.2f} \[.*\] \| 0\.2 \| 2\.0 \|$", slices)
     assert "3 cases of 2 persons, 4 samples each" in text and "at most 60%" in text
     assert re.search(r"\| 4 slices \| Anterior \| .* \| 100% \[44%, 100%\] \| 0\.200 \| 0\.200 \|", text)
 
@@ -199,7 +200,7 @@ def test_run_segments_every_input_once_and_resumes(
     text = run(model, data, tmp_path, **options)
     assert len(calls) == 2 * len(INPUTS)
     assert all(call["samples"] == 2 and call["grid"] == "model" for call in calls)
-    assert [call["match"] for call in calls[::2]] == ["auto", "auto", "auto", "affine", "auto"]
+    assert [call["match"] for call in calls[::2]] == ["auto", "auto", "auto", "auto", "affine"]
     assert [call["observed"] is not None for call in calls[::2]] == [False, False, True, False, False]
     assert calls[2]["spacing_mm"] == (8.0, 8.0, 8.0)
     assert run(model, data, tmp_path, **options) == text == (tmp_path / "table.md").read_text()

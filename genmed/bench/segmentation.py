@@ -338,7 +338,8 @@ def score(soft: Volume, seen: Grid, truth: Volume, names: Mapping[int, str]) -> 
     scores = {}
     for value, name in list(names.items())[1:]:
         masks = (found == value) & inside, (truth.data[0] == value) & inside
-        scores[name] = Scores(dice(*masks), hd95(*masks, truth.spacing_mm), nsd(*masks, truth.spacing_mm))
+        overlap, spacing_mm = float(dice(*masks)), truth.spacing_mm
+        scores[name] = Scores(overlap, hd95(*masks, spacing_mm), nsd(*masks, spacing_mm))
     return scores
 
 

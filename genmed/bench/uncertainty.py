@@ -1,4 +1,4 @@
-"""How sure may one be: calibration of probabilities and volume intervals, and what the residual warns of.
+"""How sure may one be: calibration of probabilities and volume intervals, and what surprise warns of.
 
     python -m genmed.bench.uncertainty --model hippocampus-mr --data DIR --part tune --cases 8 --samples 8 --out DIR
 
@@ -10,6 +10,7 @@ import argparse
 import csv
 import io
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -41,7 +42,8 @@ from genmed.files import write_bytes, write_json
 from genmed.hub import Model, load
 from genmed.plan import Plan
 from genmed.space import Space
-from genmed.tasks.segment import Interval, Segmentation, segment
+from genmed.tasks.segment import Interval, Segmentation, infer, segment
+from genmed.tasks.view import View
 from genmed.volume import Volume, read, read_labels, require_same_grid
 
 SPLIT = Path(__file__).parent / "splits" / "hippocampus.json"
@@ -53,7 +55,7 @@ ALL = "most probable class"
 CASES, BINNED, RECIPE = "cases.csv", "reliability.csv", "recipe.json"
 CASE_COLUMNS = (
     "input", "case", "structure", "volume_ml_true", "volume_ml_mean", "volume_ml_low", "volume_ml_high",
-    "ece_near", "ece_everywhere", "residual", "mode", "match", "seconds",
+    "ece_near", "ece_everywhere", "surprise_plain", "surprise", "mode", "match", "seconds",
 )  # fmt: skip
 BIN_COLUMNS = ("input", "case", "region", "structure", "bin", "confidence", "accuracy", "count")
 
@@ -70,8 +72,8 @@ INPUTS = {
     "clean": Input(Degraded),
     "8 mm voxels": Input(lambda scan: coarser(scan, 8)),
     "4 slices": Input(lambda scan: keep_slices(scan, 4, axis=1)),
-    "inverted contrast": Input(inverted, "affine"),
-    "inverted contrast, not told": Input(inverted),  # what a user gets who has not noticed: is there a warning?
+    "inverted contrast": Input(inverted),
+    "inverted contrast, affine": Input(inverted, "affine"),  # told what to expect
 }
 REFERENCE = "clean"
 
@@ -80,7 +82,8 @@ REFERENCE = "clean"
 class Finding:
     """What one case in one version showed.
 
-    `true_ml` and `volume_ml` go by structure, `claims` by region and structure (or `ALL`).
+    `true_ml` and `volume_ml` go by structure, `claims` by region and structure (or `ALL`). `surprise_plain` is that of
+    the interpolated scan with the label of one evaluation, `surprise` that of the result; NaN if not measured.
     """
 
     input: str
@@ -88,7 +91,8 @@ class Finding:
     true_ml: dict[str, float]
     volume_ml: dict[str, Interval]
     claims: dict[tuple[str, str], Reliability]
-    residual: float
+    surprise_plain: float
+    surprise: float
     mode: str
     match: str
     seconds: float
@@ -159,11 +163,14 @@ def examine(model: Model, case: Case, name: str, samples: int) -> Finding:
     started = time.monotonic()
     found = segment(model, worse.scan, samples=samples, grid="model", match=match, **worse.options)
     seconds = time.monotonic() - started
-    truth = read_labels(case.label)
-    return judge(model.plan, found, truth, name, case.id, seconds)
+    view = View.of(model.plan, worse.scan, worse.observed, worse.slice_thickness_mm)
+    plain = infer(model, view, "conditional", "none").surprise
+    return judge(model.plan, found, read_labels(case.label), name, case.id, seconds, plain)
 
 
-def judge(plan: Plan, found: Segmentation, truth: Volume, name: str, id: str, seconds: float) -> Finding:
+def judge(
+    plan: Plan, found: Segmentation, truth: Volume, name: str, id: str, seconds: float, plain: float | None = None
+) -> Finding:
     """Compare a segmentation on the working grid with the true label map, brought to that grid."""
     space = Space.fit(truth.grid, plan.spacing_mm, slice_axis_last=plan.thick_slices)
     true = space.labels_to_model(truth.data[0], plan.label_values)
@@ -178,7 +185,8 @@ def judge(plan: Plan, found: Segmentation, truth: Volume, name: str, id: str, se
     }
     voxel_ml = float(np.prod(spacing_mm)) / 1000
     true_ml = {s: float(np.count_nonzero(true == k) * voxel_ml) for k, s in enumerate(plan.labels) if k}
-    return Finding(name, id, true_ml, found.volume_ml, claims, found.residual, found.mode, found.match, seconds)
+    before, after = (math.nan if value is None else value for value in (plain, found.surprise))
+    return Finding(name, id, true_ml, found.volume_ml, claims, before, after, found.mode, found.match, seconds)
 
 
 # Kept from run to run -------------------------------------------------------------------------------------
@@ -195,7 +203,7 @@ def write_findings(out: Path, findings: Findings) -> None:
         for structure, true_ml in f.true_ml.items():
             errors = [ece(f.claims[region, structure]) for region in REGIONS]
             row = (f.input, f.case, structure, true_ml, *f.volume_ml[structure], *errors)
-            cases.append((*row, f.residual, f.mode, f.match, f.seconds))
+            cases.append((*row, f.surprise_plain, f.surprise, f.mode, f.match, f.seconds))
     _write_csv(out / BINNED, BIN_COLUMNS, bins)
     _write_csv(out / CASES, CASE_COLUMNS, cases)
 
@@ -205,7 +213,8 @@ def read_findings(out: Path) -> Findings:
     found: Findings = {}
     for row in _read_csv(out / CASES, CASE_COLUMNS):
         name, id, how = row["input"], row["case"], (row["mode"], row["match"])
-        empty = Finding(name, id, {}, {}, {}, float(row["residual"]), *how, float(row["seconds"]))
+        surprises = (float(row["surprise_plain"]), float(row["surprise"]))
+        empty = Finding(name, id, {}, {}, {}, *surprises, *how, float(row["seconds"]))
         finding = found.setdefault((name, id), empty)
         low_high = (float(row[f"volume_ml_{name}"]) for name in ("mean", "low", "high"))
         finding.volume_ml[row["structure"]] = Interval(*low_high)
@@ -251,8 +260,8 @@ def report(findings: Findings, people: Mapping[str, str], samples: int) -> str:
     structures = list(next(iter(findings.values())).true_ml)
     lines = [
         "| input | calibration error near boundaries | everywhere | coverage of 95 % intervals | width (ml) "
-        "| interval score (ml) | residual | AUC against clean | s per case |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| interval score (ml) | plain surprise | AUC against clean | surprise | s per case |",
+        "|---|---|---|---|---|---|---|---|---|---|",
         *(overall_row(name, findings, people) for name in _names(findings)),
         "",
         "| input | structure | calibration error near boundaries | everywhere | coverage of 95 % intervals "
@@ -269,8 +278,9 @@ def report(findings: Findings, people: Mapping[str, str], samples: int) -> str:
         f"voxels within {NEAR_MM:g} mm of a true or found boundary and over all; in brackets the 95 % bootstrap "
         "interval, whole persons resampled. Coverage: share of true volumes in the interval [Wilson 95 % interval, "
         f"every volume taken as independent]; {samples} perfect samples would reach at most "
-        f"{attainable_coverage(samples):.0%}. Width and interval score: means; less is better. Residual: median. AUC: "
-        "chance that a scan's residual exceeds that of a clean one [bootstrap by person].",
+        f"{attainable_coverage(samples):.0%}. Width and interval score: means; less is better. Surprise: median, of "
+        "interpolation with one evaluation (plain) and of the result. AUC: chance that a scan's plain surprise exceeds "
+        "that of a clean one [bootstrap by person].",
     ]
     return "\n".join(lines) + "\n"
 
@@ -278,10 +288,11 @@ def report(findings: Findings, people: Mapping[str, str], samples: int) -> str:
 def overall_row(name: str, findings: Findings, people: Mapping[str, str]) -> str:
     """One input, all structures together."""
     mine, clean = _of(findings, name), _of(findings, REFERENCE)
-    residual = f"{np.median([f.residual for f in mine]):.3g}"
+    pairs = [(f.surprise_plain, f.surprise) for f in mine]
+    plain, result = (f"{np.median(values):.1f}" for values in zip(*pairs, strict=True))
     seconds = f"{np.mean([f.seconds for f in mine]):.1f}"
     auc = "–" if name == REFERENCE else _auc(mine, clean, people)
-    return f"| {name} | {_shared_cells(mine, people)} | {residual} | {auc} | {seconds} |"
+    return f"| {name} | {_shared_cells(mine, people)} | {plain} | {auc} | {result} | {seconds} |"
 
 
 def _shared_cells(findings: Sequence[Finding], people: Mapping[str, str], structure: str | None = None) -> str:
@@ -303,7 +314,9 @@ def _error(claims: Sequence[Reliability], findings: Sequence[Finding], people: M
 
 
 def _auc(mine: Sequence[Finding], clean: Sequence[Finding], people: Mapping[str, str]) -> str:
-    worse, normal = ([f.residual for f in side] for side in (mine, clean))
+    worse, normal = ([f.surprise_plain for f in side] for side in (mine, clean))
+    if np.isnan([*worse, *normal]).any():
+        return "–"
     low, high = roc_auc_interval(worse, normal, [people[f.case] for f in mine], [people[f.case] for f in clean])
     return f"{roc_auc(worse, normal):.2f} [{low:.2f}, {high:.2f}]"
 

@@ -92,10 +92,10 @@ def translate(
     """`restore` of a scan of another modality, but in the contrast of the model.
 
     The model knows its modality up to brightness and contrast only: each sample gets the mean and the standard
-    deviation of the scan's observed voxels, both as `Intensity` measures them. `match` "auto" is affine here, which
-    can turn the contrast round; the other arguments and errors are those of `restore`.
+    deviation of the scan's observed voxels, both as `Intensity` measures them. Without a measure of surprise, `match`
+    "auto" is affine, which can turn the contrast round; the other arguments and errors are those of `restore`.
     """
-    match = "affine" if match == "auto" else match
+    match = "affine" if match == "auto" and not model.plan.typical else match
     return _average(
         model, scan, _scale_of_scan, match, samples, seed, observed, slice_thickness_mm, roi_mm, progress
     )  # fmt: skip

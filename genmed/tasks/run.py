@@ -231,7 +231,13 @@ def _segmented(
         files["probabilities.nii.gz"] = _probabilities(result, id).save
     if options.preview:
         files["preview.png"] = partial(save_preview, shown, result.labels)
-    return Made(files, {"mode": result.mode} | _facts(result), measure(result, shown, model.plan))
+    facts = {
+        "mode": result.mode,
+        "surprise": None if result.surprise is None else _finite(result.surprise),
+        "doubtful": result.doubtful,
+        "slice_thickness_mm": result.slice_thickness_mm,
+    }
+    return Made(files, facts | _facts(result), measure(result, shown, model.plan))
 
 
 def _synthesised(

@@ -233,7 +233,7 @@ def probe(model: Model, view: View, attempt: tuple[str, str], seed: int) -> floa
     """Residual of one guided sample: what the observation's geometry, as assumed by `view`, leaves unexplained."""
     mode, match = attempt
     with torch.no_grad():
-        return guided_pair(model, view, mode, MATCHES[match], [seed * 10_007], None)[2]
+        return guided_pair(model, view, mode, MATCHES[match], [seed * 10_007])[2]
 
 
 def conditional(
@@ -281,7 +281,15 @@ def _whole_or_tiled(
 
 
 def guided_pair(
-    model: Model, view: View, mode: str, match: matches.Match, seeds: Sequence[int], progress: Progress | None
+    model: Model,
+    view: View,
+    mode: str,
+    match: matches.Match,
+    seeds: Sequence[int],
+    progress: Progress | None = None,
+    *,
+    steps: int = STEPS,
+    travels: int = TRAVELS,
 ) -> tuple[Float[Tensor, "s k x y z"], Float[Tensor, "s c x y z"], float]:
     """Sample (image, label) pairs that agree with the observation.
 
@@ -290,8 +298,8 @@ def guided_pair(
     """
     plan, fields, observation = model.plan, model.denoiser.fields, view.observation
     size = tuple(m.shape[1] for m in view.matrices)
-    sigmas = schedule(plan.sigma_max, plan.sigma_min, STEPS)
-    total = STEPS + TRAVELS * sum(TRAVELLED[0] <= sigma <= TRAVELLED[1] for sigma in sigmas.tolist())
+    sigmas = schedule(plan.sigma_max, plan.sigma_min, steps)
+    total = evaluations(sigmas, travels)
     denoise = denoise_with(model, math.prod(size))
     calls = 0
 
@@ -309,7 +317,7 @@ def guided_pair(
         )  # fmt: skip
         generators = seeded(seeds)
         z = plan.sigma_max * noise(torch.zeros(len(seeds), fields.channels, *size), generators)
-        return time_travel(steered, z, sigmas, TRAVELS, generators, between=TRAVELLED)
+        return time_travel(steered, z, sigmas, travels, generators, between=TRAVELLED)
 
     try:
         z0 = retry(sample)
@@ -326,6 +334,11 @@ def guided_pair(
     else:
         soft = probabilities(parts["label"]).clamp(0, 1)
     return soft, image, residual
+
+
+def evaluations(sigmas: Float[Tensor, " n"], travels: int) -> int:
+    """Network evaluations, each with a backward call, of one guided trajectory."""
+    return len(sigmas) - 1 + travels * sum(TRAVELLED[0] <= sigma <= TRAVELLED[1] for sigma in sigmas.tolist())
 
 
 def _standardised(image: Float[Tensor, "s c x y z"]) -> Float[Tensor, "s c x y z"]:

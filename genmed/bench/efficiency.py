@@ -1,0 +1,180 @@
+"""Quality of robust results against their cost: network evaluations, samples and sampler.
+
+    python -m genmed.bench.efficiency --model DIR --data DIR --part tune --cases 8 --out DIR
+
+Each row is one schedule of `genmed.tasks.segment.guided_pair`; the defaults there were chosen from this table.
+"""
+
+import argparse
+import csv
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from genmed.data.dataset import read_dataset
+from genmed.data.split import person, read_split
+from genmed.degrade import Degraded, coarser, inverted, keep_slices
+from genmed.files import write_bytes
+from genmed.hub import Model, load
+from genmed.metrics import bootstrap_interval, dice
+from genmed.samplers import schedule
+from genmed.tasks.segment import MATCHES, attempts_at, evaluations, guided_pair
+from genmed.tasks.view import View
+from genmed.volume import Volume, read, read_labels
+
+SPLIT = Path(__file__).parent / "splits" / "hippocampus.json"
+
+
+class Schedule(NamedTuple):
+    """Levels of noise, repeats of the middle ones, and samples that are averaged."""
+
+    steps: int
+    travels: int
+    samples: int
+
+
+SCHEDULES = (
+    Schedule(2, 0, 1), Schedule(4, 0, 1), Schedule(8, 0, 1), Schedule(16, 0, 1), Schedule(32, 0, 1), Schedule(64, 0, 1),
+    Schedule(4, 1, 1), Schedule(8, 1, 1), Schedule(4, 2, 1), Schedule(8, 2, 1), Schedule(16, 3, 1),
+    Schedule(4, 0, 4), Schedule(4, 2, 2), Schedule(4, 2, 4), Schedule(8, 2, 2), Schedule(8, 2, 4), Schedule(8, 2, 8),
+)  # fmt: skip
+INPUTS: dict[str, tuple[Callable[[Volume], Degraded], str]] = {
+    "8 mm voxels": (lambda scan: coarser(scan, 8), "affine"),
+    "4 slices": (lambda scan: keep_slices(scan, 4, axis=1), "none"),
+    "inverted contrast": (inverted, "affine"),
+}
+
+
+class Row(NamedTuple):
+    """One case of one schedule."""
+
+    input: str
+    schedule: Schedule
+    evaluations: int
+    case: str
+    dice: float
+    seconds: float
+
+
+def measure(model: Model, data: Path, part: str, cases: int | None) -> list[Row]:
+    """All schedules on all inputs, restore-then-condition; Dice on the working grid."""
+    dataset = read_dataset(data)
+    ids = getattr(read_split(SPLIT, dataset.ids), part)
+    chosen = ids if cases is None else ids[:: max(1, len(ids) // cases)][:cases]
+    rows = []
+    for name, (degrade, match) in INPUTS.items():
+        for of in SCHEDULES:
+            for id in chosen:
+                case = dataset.case(id)
+                assert case.label is not None
+                worse, truth = degrade(read(case.images)), read_labels(case.label)
+                rows.append(_row(model, name, match, of, id, worse, truth))
+            last = rows[-len(chosen) :]
+            print(f"{name}: {of}, Dice {np.mean([row.dice for row in last]):.3f}", flush=True)
+    return rows
+
+
+def _row(model: Model, name: str, match: str, of: Schedule, id: str, worse: Degraded, truth: Volume) -> Row:
+    plan = model.plan
+    view = View.of(plan, worse.scan, worse.observed, worse.slice_thickness_mm)
+    mode = attempts_at(view, "restore-then-condition", match)[0][0]
+    true = view_labels(view, truth, plan.label_values)
+    started = time.monotonic()
+    with torch.no_grad():
+        seeds = list(range(of.samples))
+        soft = guided_pair(model, view, mode, MATCHES[match], seeds, steps=of.steps, travels=of.travels)[0]
+    seconds = time.monotonic() - started
+    found = soft.mean(dim=0).argmax(dim=0).numpy()
+    score = np.mean([dice(found == c, true == c) for c in range(1, len(plan.labels))])
+    calls = evaluations(schedule(plan.sigma_max, plan.sigma_min, of.steps), of.travels)
+    return Row(name, of, calls, id, float(score), seconds)
+
+
+def view_labels(view: View, truth: Volume, values: Sequence[int]) -> np.ndarray:
+    """True classes on the working grid of a view, (x, y, z): nearest voxel of the truth's own grid."""
+    from scipy.ndimage import map_coordinates
+
+    grid = view.space.model
+    index = np.stack(np.meshgrid(*[np.arange(n) for n in grid.shape], indexing="ij")).reshape(3, -1)
+    to_truth = np.linalg.inv(truth.affine) @ grid.affine
+    places = to_truth[:3, :3] @ index + to_truth[:3, 3:]
+    nearest = map_coordinates(truth.data[0], places, order=0, mode="nearest").reshape(grid.shape)
+    return np.searchsorted(np.asarray(values), nearest)
+
+
+def table(rows: Sequence[Row], people: dict[str, str]) -> str:
+    """Markdown: one line per schedule, one column per input."""
+    names = list(dict.fromkeys(row.input for row in rows))
+    lines = [f"| levels | travels | samples | evaluations | {' | '.join(names)} | s per case |"]
+    lines.append("|---" * (len(names) + 5) + "|")
+    for of in dict.fromkeys(row.schedule for row in rows):
+        mine = [row for row in rows if row.schedule == of]
+        cells = []
+        for name in names:
+            scores = [row.dice for row in mine if row.input == name]
+            groups = [people[row.case] for row in mine if row.input == name]
+            low, high = bootstrap_interval(scores, groups=groups)
+            cells.append(f"{np.mean(scores):.3f} [{low:.3f}, {high:.3f}]")
+        seconds = np.mean([row.seconds for row in mine])
+        calls = mine[0].evaluations * of.samples
+        lines.append(
+            f"| {of.steps} | {of.travels} | {of.samples} | {calls} | {' | '.join(cells)} | {seconds:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Dice against network evaluations, one panel per input, one mark per schedule."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = list(dict.fromkeys(row.input for row in rows))
+    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3.4), sharex=True, squeeze=False)
+    for axis, name in zip(axes[0], names, strict=True):
+        for travels, mark in ((0, "o"), (1, "s"), (2, "D"), (3, "^")):
+            kinds = [of for of in dict.fromkeys(row.schedule for row in rows) if of.travels == travels]
+            points = [[row for row in rows if row.input == name and row.schedule == of] for of in kinds]
+            x = [part[0].evaluations * part[0].schedule.samples for part in points]
+            y = [np.mean([row.dice for row in part]) for part in points]
+            axis.plot(x, y, mark, label=f"{travels} travels", alpha=0.8)
+        axis.set_xscale("log", base=2)
+        axis.set_title(name)
+        axis.set_xlabel("network evaluations")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("Dice")
+    axes[0][-1].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Parse the command line, print the table, write table, CSV and plot."""
+    parser = argparse.ArgumentParser(description="Quality against network evaluations.")
+    parser.add_argument("--model", default="hippocampus-mr")
+    parser.add_argument("--data", type=Path, required=True, help="the MSD hippocampus set")
+    parser.add_argument("--part", choices=("tune", "report"), default="tune")
+    parser.add_argument("--cases", type=int, help="so many evenly spread cases; default all")
+    parser.add_argument("--out", type=Path, required=True, help="folder for table, CSV and plot")
+    a = parser.parse_args()
+    a.out.mkdir(parents=True, exist_ok=True)
+    rows = measure(load(a.model), a.data, a.part, a.cases)
+    text = table(rows, {row.case: person("hippocampus", row.case) for row in rows})
+    write_bytes(a.out / "efficiency.md", text.encode())
+    with (a.out / "efficiency.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["input", "levels", "travels", "samples", "evaluations", "case", "dice", "seconds"])
+        for r in rows:
+            writer.writerow([r.input, *r.schedule, r.evaluations, r.case, f"{r.dice:.4f}", f"{r.seconds:.2f}"])
+    plot(rows, a.out / "efficiency.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
