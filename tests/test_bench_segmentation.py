@@ -160,7 +160,8 @@ def test_probabilities_and_not_labels_are_interpolated() -> None:
     half[0, 3] = 0.5
     truth = np.zeros((1, 3, 2, 2), np.uint8)
     truth[0, :2] = 1
-    assert score(Volume(soft, np.eye(4)), Grid((4, 2, 2), np.eye(4)), Volume(truth, half), {0: "a", 1: "b"})["b"].dice == 1
+    found = score(Volume(soft, np.eye(4)), Grid((4, 2, 2), np.eye(4)), Volume(truth, half), {0: "a", 1: "b"})
+    assert found["b"].dice == 1
 
 
 @given(
@@ -242,7 +243,9 @@ def test_tables_name_known_methods_and_each_row_once() -> None:
         (tables.OTHER_CONTRASTS, (31, 40, 24), np.eye(4)),
     ],
 )
-def test_every_row_but_the_clean_one_changes_the_scan(inputs: tuple[Input, ...], shape: Any, affine: np.ndarray) -> None:
+def test_every_row_but_the_clean_one_changes_the_scan(
+    inputs: tuple[Input, ...], shape: Any, affine: np.ndarray
+) -> None:
     scan = Volume(np.random.default_rng(0).normal(100, 20, (1, *shape)).astype(np.float32), affine)
     made = [input.degrade(scan, "a") for input in inputs]
     assert np.array_equal(made[0].scan.data, scan.data)
@@ -462,7 +465,7 @@ def test_finished_rows_are_kept_and_those_of_other_weights_redone(
     assert len(entries(out)) == 9
 
 
-def test_other_cases_and_tables_add_rows_and_report_only_their_own(trained: tuple[Lab, Path, str], tmp_path: Path) -> None:
+def test_other_cases_add_rows_and_are_reported_alone(trained: tuple[Lab, Path, str], tmp_path: Path) -> None:
     lab, finished, _ = trained
     out = tmp_path / "out"
     shutil.copytree(finished, out)
@@ -485,10 +488,8 @@ def test_few_shot_draws_train_apart_and_may_start_from_another_structure(
         "hippocampus/genmed-from-left_atrium-cases2-draw0", "hippocampus/genmed-from-left_atrium-cases2-draw1",
         "left_atrium/genmed",
     ]  # fmt: skip
-    cases = {
-        draw: hub.load(runs / "hippocampus" / f"genmed-cases2-draw{draw}").plan for draw in (0, 1)
-    }  # fmt: skip
-    assert [(plan.cases, plan.draw) for plan in cases.values()] == [(2, 0), (2, 1)]
+    plans = [hub.load(runs / "hippocampus" / f"genmed-cases2-draw{draw}").plan for draw in (0, 1)]
+    assert [(plan.cases, plan.draw) for plan in plans] == [(2, 0), (2, 1)]
     assert "| 2 training cases, mean of draws | 1 | " in text
     assert "tensors taken whole" in capsys.readouterr().out
 
@@ -523,7 +524,7 @@ def test_a_kill_loses_at_most_the_case_in_progress(
     assert path.read_bytes().endswith(b"\n") and 3 <= len(before) < 48
     examined: list[str] = []
     monkeypatch.setattr(
-        segmentation, "examine", lambda *given: examined.append(given[2]) or examine(*given)  # type: ignore[func-returns-value]
+        segmentation, "examine", lambda *given: examined.append(given[2]) or examine(*given)
     )
     run(lab.data, lab.runs, tmp_path / "out", table="degraded", methods=["genmed-interpolated"], may_train=False)
     after = read_rows(path, ["front", "back"])
@@ -531,7 +532,9 @@ def test_a_kill_loses_at_most_the_case_in_progress(
     assert all(after[place] == row for place, row in before.items())
 
 
-def test_peers_see_what_one_evaluation_of_ours_sees(trained: tuple[Lab, Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peers_see_what_one_evaluation_of_ours_sees(
+    trained: tuple[Lab, Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from genmed.tasks import segment as ours
 
     lab, _, _ = trained
@@ -542,9 +545,8 @@ def test_peers_see_what_one_evaluation_of_ours_sees(trained: tuple[Lab, Path, st
     monkeypatch.setattr(ours, "conditional", lambda net, image, *more: seen.append(image) or plain(net, image, *more))
     first = segmentation.load_ours(lab.runs / "hippocampus" / "genmed", "conditional").predict(worse)
     peer = segmentation.load_theirs(lab.runs / "hippocampus" / "dynunet-none")
-    monkeypatch.setattr(
-        segmentation.peers.TrainedPeer, "__call__", lambda self, image: seen.append(image) or image.repeat(1, 3, 1, 1, 1)
-    )
+    answer = torch.zeros(1, 3, *seen[0].shape[2:])
+    monkeypatch.setattr(segmentation.peers.TrainedPeer, "__call__", lambda self, image: seen.append(image) or answer)
     second = peer.predict(worse)
     assert torch.equal(seen[0], seen[1])
     assert first.soft.grid.shape == second.soft.grid.shape and np.array_equal(first.soft.affine, second.soft.affine)
@@ -612,8 +614,8 @@ def test_bad_options_are_one_line_and_exit_code_2(
     options: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("GENMED_DATA", raising=False)
-    command = ["bench", "segmentation", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), *options.split()]
-    result = CliRunner().invoke(app, command)
+    folders = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, ["bench", "segmentation", *folders, *options.split()])
     assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1 and words in result.stderr
     assert not (tmp_path / "out").exists()
 

@@ -17,7 +17,7 @@ import torch
 
 from genmed.data.dataset import read_dataset
 from genmed.data.split import person, read_split
-from genmed.degrade import Degraded, coarser, inverted, keep_slices
+from genmed.degrade import Degraded, coarser, inverted, keep_slices, tent
 from genmed.files import write_bytes
 from genmed.hub import Model, load
 from genmed.metrics import bootstrap_interval, dice
@@ -38,14 +38,16 @@ class Schedule(NamedTuple):
 
 
 SCHEDULES = (
-    Schedule(2, 0, 1), Schedule(4, 0, 1), Schedule(8, 0, 1), Schedule(16, 0, 1), Schedule(32, 0, 1), Schedule(64, 0, 1),
-    Schedule(4, 1, 1), Schedule(8, 1, 1), Schedule(4, 2, 1), Schedule(8, 2, 1), Schedule(16, 3, 1),
-    Schedule(4, 0, 4), Schedule(4, 2, 2), Schedule(4, 2, 4), Schedule(8, 2, 2), Schedule(8, 2, 4), Schedule(8, 2, 8),
+    Schedule(1, 0, 1), Schedule(2, 0, 1), Schedule(4, 0, 1), Schedule(8, 0, 1), Schedule(16, 0, 1), Schedule(32, 0, 1),
+    Schedule(64, 0, 1), Schedule(4, 2, 1), Schedule(8, 2, 1), Schedule(16, 3, 1),
+    Schedule(2, 0, 4), Schedule(4, 0, 4), Schedule(8, 0, 4), Schedule(4, 1, 4), Schedule(8, 2, 4),
+    Schedule(2, 0, 16), Schedule(4, 0, 16),
 )  # fmt: skip
 INPUTS: dict[str, tuple[Callable[[Volume], Degraded], str]] = {
     "8 mm voxels": (lambda scan: coarser(scan, 8), "affine"),
     "4 slices": (lambda scan: keep_slices(scan, 4, axis=1), "none"),
     "inverted contrast": (inverted, "affine"),
+    "tent contrast": (tent, "curve"),
 }
 
 

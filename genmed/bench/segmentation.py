@@ -550,7 +550,8 @@ def score_table(
         means = [float(np.mean(list(each.values()))) for each in values]
         best = (min if metric == "hd95_mm" else max)(means)
         cells = [mean_interval(np.array(list(v.values())), [people[id] for id in v], digits) for v in values]
-        cells = [f"**{cell}**" if mean == best else cell for cell, mean in zip(cells, means, strict=True)]
+        if len(columns) > 1:
+            cells = [f"**{cell}**" if mean == best else cell for cell, mean in zip(cells, means, strict=True)]
         lines.append(f"| {shown} | {len(values[0])} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
