@@ -193,7 +193,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "augmentation": (lambda value: value in AUGMENTATIONS, f"one of {', '.join(AUGMENTATIONS)}"),
     "cases": (_is_natural, "an integer, 0 or above"),
     "draw": (_is_natural, "an integer, 0 or above"),
-    "typical": (lambda value: value == () or _is_tuple(_is_number, 4)(value), "empty or four numbers"),
+    "typical": (lambda value: value == () or _is_tuple(_is_number)(value), "a list of numbers"),
     "format_version": (lambda value: _is_natural(value) and value == 1, "1 for this GenMed"),
 }
 
@@ -210,5 +210,7 @@ def _check_agreement(plan: Plan) -> None:
     multiple, levels = plan.patch_multiple, len(plan.widths)
     if any(side % m for side, m in zip(plan.patch, multiple, strict=True)):
         _fail("patch", f"{list(plan.patch)} must be multiples of {list(multiple)} for {levels} U-Net levels")
+    if plan.typical and len(plan.typical) != 2 * (len(plan.labels) + 1):
+        _fail("typical", f"has {len(plan.typical)} numbers for {len(plan.labels)} labels; train again, or leave it out")
     if plan.sigma_min >= plan.sigma_max:
         _fail("sigma_min", f"({plan.sigma_min}) must be below 'sigma_max' ({plan.sigma_max})")

@@ -1,8 +1,9 @@
 """How surprised the model is by a pair of image and label: the check behind every automatic choice.
 
 A pair that the model has learnt is denoised well from much noise, whatever texture it has; an image of another
-contrast, or the label that a network makes of it, is not. No other modality is needed to set the threshold: it
-comes from clean tuning cases alone.
+contrast, or the label that a network makes of it, is not. An empty label is denoised well, too, so the volumes of
+the structures are looked at besides. No other modality is needed to set the threshold: it comes from clean tuning
+cases alone.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,52 +15,55 @@ from torch import Tensor
 from genmed.fields import Fields, one_hot, probabilities
 from genmed.samplers import Denoise, noise, seeded
 
-SIGMA = 10.0  # noise in which only the layout of the scan is left
+SIGMA = 5.0  # noise in which only the layout of the scan is left
 DRAWS = 4  # noise draws that are averaged
 LIMIT = 3.0  # surprise, in standard deviations over clean cases, that is taken for another kind of scan
-
-Typical = tuple[float, float, float, float]  # mean and standard deviation of ln error: of the image, of the label
+LEAST_DEVIATION = 0.03  # of a logarithm over clean cases: few cases can agree by chance
 
 
 @torch.no_grad()
-def errors(
+def features(
     denoise: Denoise,
     fields: Fields,
     image: Float[Tensor, "b c x y z"],
     soft: Float[Tensor, "b k x y z"],
     draws: int = DRAWS,
-) -> Float[Tensor, "b 2"]:
-    """ln of the denoising errors at `SIGMA`: squared error of the image, cross-entropy of the label.
+) -> Float[Tensor, "b k+1"]:
+    """Logarithms of the denoising errors at `SIGMA` of image and label, and of the structures' volumes.
 
-    These are the terms of the diffusion model's likelihood bound (Kingma et al., arXiv 2107.00630) at one noise
-    level. The same noise is drawn for every pair.
+    The errors, squared for the image and cross-entropy for the label, are the terms of the diffusion model's
+    likelihood bound (Kingma et al., arXiv 2107.00630) at one noise level, with the same noise for every pair. Volumes
+    are those of the most probable class, in voxels of the working grid plus one, background left out.
 
     Args:
         denoise: (z, sigma) -> z0_hat of all fields.
         image: normalised images.
         soft: label probabilities; the most probable class is judged.
     """
-    classes = soft.argmax(dim=1)
-    z0 = fields.join({"image": image, "label": one_hot(classes, soft.shape[1]).to(image)})
-    total = torch.zeros(len(image), 2)
+    classes, count = soft.argmax(dim=1), soft.shape[1]
+    label = one_hot(classes, count).to(image)
+    z0 = fields.join({"image": image, "label": label})
+    errors = torch.zeros(len(image), 2)
     for number in range(draws):
         n = noise(z0[:1], seeded([number])).expand_as(z0)
         parts = fields.split(denoise(z0 + SIGMA * n, SIGMA).float())
         chance = probabilities(parts["label"]).gather(1, classes[:, None]).clamp(min=1e-6)
-        total[:, 0] += (parts["image"] - image).square().mean(dim=(1, 2, 3, 4)) / draws
-        total[:, 1] -= chance.log().mean(dim=(1, 2, 3, 4)) / draws
-    return total.clamp(min=1e-9).log()
+        errors[:, 0] += (parts["image"] - image).square().mean(dim=(1, 2, 3, 4)) / draws
+        errors[:, 1] -= chance.log().mean(dim=(1, 2, 3, 4)) / draws
+    voxels = (label[:, 1:] > 0).sum(dim=(2, 3, 4)) + 1
+    return torch.cat([errors.clamp(min=1e-9), voxels], dim=1).log()
 
 
-def typical(errors: Iterable[Float[Tensor, "1 2"]]) -> Typical:
-    """Mean and standard deviation of `errors` over clean cases that were not trained on."""
-    rows = torch.cat(list(errors)).double()
-    deviation = (rows.std(dim=0) if len(rows) > 1 else torch.zeros(2)).clamp(min=0.05)
-    (image, label), (image_sd, label_sd) = rows.mean(dim=0).tolist(), deviation.tolist()
-    return tuple(round(value, 4) for value in (image, image_sd, label, label_sd))  # type: ignore[return-value]
+def typical(rows: Iterable[Float[Tensor, "1 n"]]) -> tuple[float, ...]:
+    """Means, then standard deviations, of `features` over clean cases that were not trained on."""
+    values = torch.cat(list(rows)).double()
+    deviation = values.std(dim=0) if len(values) > 1 else torch.zeros(values.shape[1])
+    numbers = torch.cat([values.mean(dim=0), deviation.clamp(min=LEAST_DEVIATION)])
+    return tuple(round(number, 4) for number in numbers.tolist())
 
 
-def surprise(errors: Float[Tensor, "b 2"], typical: Sequence[float]) -> Float[Tensor, " b"]:
-    """Standard deviations by which a pair is more surprising than clean cases: the larger of image and label."""
-    mean, deviation = torch.tensor([typical[0], typical[2]]), torch.tensor([typical[1], typical[3]])
-    return ((errors - mean) / deviation).amax(dim=1)
+def surprise(features: Float[Tensor, "b n"], typical: Sequence[float]) -> Float[Tensor, " b"]:
+    """Standard deviations by which a pair is off clean cases, in what is most off: errors above, volumes either way."""
+    mean, deviation = torch.tensor(typical).reshape(2, -1)
+    off = (features - mean) / deviation
+    return torch.cat([off[:, :2], off[:, 2:].abs()], dim=1).amax(dim=1)

@@ -35,7 +35,7 @@ from genmed.hub import Card, load, save_model
 from genmed.loss import Batch, JointLoss
 from genmed.plan import AUGMENTATIONS, Plan
 from genmed.space import Intensity, Space
-from genmed.surprise import Typical, errors, typical
+from genmed.surprise import features, typical
 from genmed.volume import check_image, read, read_labels, require_same_grid
 
 Scan = tuple[Float[Tensor, "c x y z"], Int[Tensor, "x y z"]]
@@ -550,7 +550,7 @@ def tune_dice(segment: Callable[[Tensor], Tensor], scans: Sequence[Scan], plan: 
 
 
 @torch.no_grad()
-def typical_surprise(model: nn.Module, scans: Sequence[Scan]) -> Typical:
+def typical_surprise(model: nn.Module, scans: Sequence[Scan]) -> tuple[float, ...]:
     """How well pairs of clean image and conditional label are denoised: what `genmed.surprise` compares with."""
     device = next(model.parameters()).device
 
@@ -558,12 +558,12 @@ def typical_surprise(model: nn.Module, scans: Sequence[Scan]) -> Typical:
         with fast_arithmetic(device.type):
             return model(z.to(device), torch.full((len(z), len(model.fields)), sigma, device=device)).cpu()  # type: ignore
 
-    def errors_of(image: Tensor) -> Tensor:
+    def features_of(image: Tensor) -> Tensor:
         with fast_arithmetic(device.type):
             soft = conditional(model)(image).float().softmax(dim=1)
-        return errors(denoise, model.fields, image, soft)  # type: ignore[arg-type]
+        return features(denoise, model.fields, image, soft)  # type: ignore[arg-type]
 
-    return typical([errors_of(image[None]) for image, _ in scans])
+    return typical([features_of(image[None]) for image, _ in scans])
 
 
 def _dice(found: Tensor, truth: Tensor) -> float:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from genmed.fields import image_and_label
-from genmed.surprise import SIGMA, errors, surprise, typical
+from genmed.surprise import SIGMA, features, surprise, typical
 
 FIELDS = image_and_label(("T1",), ("background", "front"))
 SIZE = (4, 5, 6)
@@ -15,8 +15,10 @@ def test_errors_of_a_denoiser_that_knows_nothing_but_the_average() -> None:
     """Zero image and even chances: the errors are ln of the mean square and of the entropy."""
     image = torch.full((1, 1, *SIZE), 2.0)
     soft = torch.rand(1, 2, *SIZE)
-    found = errors(lambda z, sigma: torch.zeros_like(z), FIELDS, image, soft)
-    assert found[0].tolist() == pytest.approx([math.log(4.0), math.log(math.log(2.0))], abs=1e-6)
+    found = features(lambda z, sigma: torch.zeros_like(z), FIELDS, image, soft)
+    voxels = int((soft[:, 1] > soft[:, 0]).sum())
+    expected = [math.log(4.0), math.log(math.log(2.0)), math.log(voxels + 1)]
+    assert found[0].tolist() == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_denoiser_is_shown_the_pair_in_noise_of_the_known_level() -> None:
@@ -28,7 +30,7 @@ def test_a_denoiser_is_shown_the_pair_in_noise_of_the_known_level() -> None:
         return torch.zeros_like(z)
 
     image, soft = torch.randn(1, 1, 12, 12, 12), torch.rand(1, 2, 12, 12, 12)
-    errors(denoise, FIELDS, image, soft, draws=3)
+    features(denoise, FIELDS, image, soft, draws=3)
     clean = torch.cat([image, 2 * torch.eye(2)[soft.argmax(1)].movedim(-1, 1) - 1], dim=1)
     drawn = torch.stack(seen) - clean
     assert len(seen) == 3 and float(drawn.std()) == pytest.approx(SIGMA, rel=0.05)
@@ -40,18 +42,24 @@ def test_a_pair_does_not_depend_on_the_rest_of_its_batch() -> None:
         return (z / (1 + sigma**2)).clamp(-0.9, 0.9)
 
     image, soft = torch.randn(3, 1, *SIZE), torch.rand(3, 2, *SIZE)
-    together = errors(denoise, FIELDS, image, soft)
-    alone = torch.cat([errors(denoise, FIELDS, image[i : i + 1], soft[i : i + 1]) for i in range(3)])
+    together = features(denoise, FIELDS, image, soft)
+    alone = torch.cat([features(denoise, FIELDS, image[i : i + 1], soft[i : i + 1]) for i in range(3)])
     assert torch.allclose(together, alone, atol=1e-6)
 
 
-def test_surprise_is_the_worse_of_image_and_label_in_standard_deviations() -> None:
-    clean = typical([torch.tensor([[0.0, 10.0]]), torch.tensor([[2.0, 14.0]])])
-    assert clean == pytest.approx((1.0, math.sqrt(2), 12.0, 2 * math.sqrt(2)), abs=1e-4)
-    found = surprise(torch.tensor([[1.0, 12.0], [1 + 3 * math.sqrt(2), 12.0], [-9.0, 12 + 2 * math.sqrt(2)]]), clean)
-    assert found.tolist() == pytest.approx([0.0, 3.0, 1.0], abs=1e-3)
+def test_surprise_is_the_worst_of_the_features_in_standard_deviations() -> None:
+    clean = typical([torch.tensor([[0.0, 10.0, 5.0]]), torch.tensor([[2.0, 14.0, 7.0]])])
+    root = math.sqrt(2)
+    assert clean == pytest.approx((1.0, 12.0, 6.0, root, 2 * root, root), abs=1e-4)
+    rows = [[1, 12, 6], [1 + 3 * root, 12, 6], [-9, 12 + 2 * root, 6], [-9, 0, 6 - 4 * root], [1, 12, 6 + 5 * root]]
+    assert surprise(torch.tensor(rows), clean).tolist() == pytest.approx([0, 3, 1, 4, 5], abs=1e-3)
+
+
+def test_a_structure_that_may_be_missing_does_not_surprise_when_it_is() -> None:
+    clean = typical([torch.tensor([[0.0, 0.0, volume]]) for volume in (0.0, 0.0, 8.0, 8.5)])
+    assert surprise(torch.tensor([[0.0, 0.0, 0.0]]), clean).item() < 3
 
 
 def test_cases_that_are_all_alike_leave_some_deviation() -> None:
-    assert typical([torch.zeros(1, 2)] * 5)[1] > 0
-    assert typical([torch.zeros(1, 2)])[1] > 0
+    assert min(typical([torch.zeros(1, 3)] * 5)[3:]) > 0
+    assert min(typical([torch.zeros(1, 3)])[3:]) > 0

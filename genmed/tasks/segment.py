@@ -23,7 +23,7 @@ from genmed.observe import Observation
 from genmed.plan import Plan
 from genmed.samplers import Denoise, euler, noise, schedule, seeded, time_travel
 from genmed.space import Intensity, Space
-from genmed.surprise import DRAWS, LIMIT, errors, surprise
+from genmed.surprise import DRAWS, LIMIT, features, surprise
 from genmed.tasks.view import View
 from genmed.tiles import tiled, tiled_logits
 from genmed.volume import Volume
@@ -214,7 +214,7 @@ def surprise_of(
     if not model.plan.typical:
         return None
     draws = 1 if image[0, 0].numel() > TILED_ABOVE else max(1, DRAWS // len(image))
-    values = errors(denoise_with(model, image[0, 0].numel()), model.denoiser.fields, image, soft, draws)
+    values = features(denoise_with(model, image[0, 0].numel()), model.denoiser.fields, image, soft, draws)
     return float(surprise(values, model.plan.typical).mean())
 
 
