@@ -17,7 +17,7 @@ from genmed.samplers import Denoise, noise, seeded
 
 SIGMA = 5.0  # noise in which only the layout of the scan is left
 DRAWS = 4  # noise draws that are averaged
-LIMIT = 3.0  # surprise, in standard deviations over clean cases, that is taken for another kind of scan
+LIMIT = 4.0  # surprise above which a scan is taken for another kind: 2 % of clean ones, if ten persons were measured
 LEAST_DEVIATION = 0.03  # of a logarithm over clean cases: few cases can agree by chance
 
 

@@ -1,4 +1,4 @@
-"""The bundled model on real scans of the tune part, where `GENMED_DATA` names the folder of public sets."""
+"""The bundled models on real scans of the tune part, where `GENMED_DATA` names the folder of public sets."""
 
 import os
 from pathlib import Path
@@ -9,8 +9,10 @@ import pytest
 from genmed.bench.degraded import mean_dice
 from genmed.data.dataset import read_dataset
 from genmed.data.split import read_split
-from genmed.degrade import coarser
+from genmed.degrade import coarser, inverted
 from genmed.hub import load
+from genmed.metrics import dice
+from genmed.tasks.segment import segment
 from genmed.volume import read, read_labels
 
 DATA = os.environ.get("GENMED_DATA")
@@ -30,3 +32,31 @@ def test_shipped_model_segments_clean_scans_and_rescues_coarse_ones() -> None:
     steered = mean_dice(model, coarser(scan, 8).scan, truth, {"samples": 2})
     plain = mean_dice(model, coarser(scan, 8).scan, truth, {"mode": "conditional"})
     assert steered > plain + 0.2
+
+
+def test_an_inverted_scan_is_noticed_and_segmented_without_a_flag() -> None:
+    dataset = read_dataset(Path(str(DATA)) / "Task04_Hippocampus")
+    case = dataset.case(read_split(SPLIT, dataset.ids).tune[8])
+    assert case.label is not None
+    model, scan, truth = load("hippocampus-mr"), read(case.images), read_labels(case.label)
+    assert segment(model, scan).mode == "conditional"
+    worse = inverted(scan).scan
+    plain = segment(model, worse, mode="conditional")
+    assert plain.doubtful and mean_dice(model, worse, truth, {"mode": "conditional"}) < 0.2
+    found = segment(model, worse, samples=1, grid="model")
+    assert found.match in ("affine", "curve")
+    assert found.surprise is not None and plain.surprise is not None and found.surprise < plain.surprise
+    assert mean_dice(model, worse, truth, {"match": found.match, "samples": 1}) > 0.8
+
+
+def test_shipped_heart_model_segments_stacks_in_either_slice_order() -> None:
+    dataset = read_dataset(Path(str(DATA)) / "acdc")
+    ids = read_split(SPLIT.with_name("acdc.json"), dataset.ids).tune
+    model, scores = load("heart-mr"), []
+    for id, step in ((ids[0], 1), (ids[5], -1), (ids[10], 1)):
+        case = dataset.case(id)
+        assert case.label is not None
+        scan, truth = (v.like(v.data[..., ::step].copy()) for v in (read(case.images), read_labels(case.label)))
+        found = segment(model, scan, mode="conditional").labels.data[0]
+        scores.append(np.mean([dice(found == value, truth.data[0] == value) for value in (1, 2, 3)]))
+    assert np.mean(scores) > 0.7

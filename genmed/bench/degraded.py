@@ -30,7 +30,6 @@ ROWS: dict[str, Callable[[Volume], Degraded]] = {
     "4 slices": lambda scan: keep_slices(scan, 4, axis=1),
     "inverted contrast": inverted,
 }
-MATCH = {"inverted contrast": {"match": "affine"}}  # what the user has to say in these rows
 
 
 def mean_dice(model: Model, scan: Volume, truth: Volume, options: dict[str, Any]) -> float:
@@ -56,7 +55,7 @@ def run(model: Model, data: Path, part: str, cases: int | None, samples: int | N
             case = dataset.case(id)
             assert case.label is not None
             truth, worse = read_labels(case.label), degrade(read(case.images))
-            scan, options = worse.scan, worse.options | MATCH.get(name, {})
+            scan, options = worse.scan, worse.options
             plain.append(mean_dice(model, scan, truth, options | {"mode": "conditional"}))
             started = time.monotonic()
             steered.append(mean_dice(model, scan, truth, options | ({"samples": samples} if name != "clean" else {})))
