@@ -4,6 +4,7 @@ import json
 import math
 import time
 from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,15 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 # Networks -------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """SwinUNETR gathers its position biases; with several threads their gradients add up in any order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("network", peers.NETWORKS)
 def test_networks_are_about_as_large_as_ours(network: str) -> None:
     plan = replace(PLAN, widths=PRESETS["base"].widths)
@@ -98,7 +108,7 @@ def test_networks_are_about_as_large_as_ours(network: str) -> None:
 
 @pytest.mark.parametrize("network", peers.NETWORKS)
 def test_every_network_resumes_exactly_and_comes_back_as_probabilities(
-    network: str, data: Path, split: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    network: str, data: Path, split: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
 ) -> None:
     options = {"network": network, "augmentation": "randomised", "cases": 2, "draw": 3, "steps": 2}
 
