@@ -235,6 +235,7 @@ def train(
     draw: Annotated[int, typer.Option(metavar="K", help="Seed of the choice of these N cases.")] = 0,
 ) -> None:
     """Train one joint model of images and labels on a data set."""
+    from genmed.train import leave_group
     from genmed.train import train as run
 
     run(
@@ -252,6 +253,7 @@ def train(
         cases=cases,
         draw=draw,
     )
+    leave_group()
 
 
 @app.command()

@@ -249,6 +249,13 @@ def _agreed(minutes: float, accelerator: Accelerator) -> float:
     return float(accelerator.gather(torch.tensor([minutes], device=accelerator.device)).max())
 
 
+def leave_group() -> None:
+    """End the process group of a training in several processes together; a process that just exits may be aborted."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 # State ----------------------------------------------------------------------------------------------------
 
 

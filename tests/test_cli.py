@@ -226,6 +226,7 @@ def test_interrupt_exits_130_and_tells_how_to_resume(
         raise KeyboardInterrupt
 
     training = ModuleType("genmed.train")
+    training.leave_group = lambda: None  # type: ignore[attr-defined]
     training.train = interrupted  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "genmed.train", training)
     monkeypatch.setattr(hub, "list_models", interrupted)
@@ -244,6 +245,7 @@ def test_interrupt_exits_130_and_tells_how_to_resume(
 def test_train_options_reach_the_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
     training = ModuleType("genmed.train")
+    training.leave_group = lambda: None  # type: ignore[attr-defined]
     training.train = lambda *given, **named: asked.update(named, given=given)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "genmed.train", training)
     options = (
