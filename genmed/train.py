@@ -250,10 +250,17 @@ def _agreed(minutes: float, accelerator: Accelerator) -> float:
 
 
 def leave_group() -> None:
-    """End the process group of a training in several processes together; a process that just exits may be aborted."""
+    """End a process of a training in several processes, together with the others; do nothing in a single one.
+
+    The interpreter is not closed down: torch 2.13 sometimes aborts there, after everything is saved, and the launcher
+    then reports a failed training.
+    """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 # State ----------------------------------------------------------------------------------------------------

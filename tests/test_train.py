@@ -149,7 +149,6 @@ def test_two_processes_train_one_model(dataset: Path, tmp_path: Path) -> None:
         + "assert torch.equal(*copies), 'processes drifted apart'\n"
         + "print('same weights', dist.get_rank())\n"
         + "t.leave_group()\n"
-        + "assert not dist.is_initialized()\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
