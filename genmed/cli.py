@@ -345,7 +345,7 @@ def translate(
     model: ModelName,
     out: SyntheticOut,
     match: Annotated[
-        str, typer.Option(help="How intensities may differ from the model's; auto is affine here.")
+        str, typer.Option(help="How intensities may differ from the model's, as in `genmed segment`.")
     ] = "auto",
     samples: Samples = None,
     seed: Seed = 0,
@@ -652,10 +652,18 @@ def _synthetic_text(outcome: Outcome) -> str:
     return "\n".join(lines)
 
 
+def _volume(row: dict[str, Any]) -> str:
+    """Expected volume with its interval where there are samples: a label map of coarse voxels counts badly."""
+    if "ml_expected" not in row:
+        return f"{row['ml']:.2f} ml"
+    low, high = row["ml_interval"]
+    return f"{row['ml_expected']:.2f} ml ({low:.2f} to {high:.2f})"
+
+
 def _segmented_text(outcome: Outcome) -> str:
     lines = []
     for case, facts in _results(outcome)["cases"].items():
-        volumes = ", ".join(f"{name} {row['ml']:.2f} ml" for name, row in facts["structures"].items())
+        volumes = ", ".join(f"{name} {_volume(row)}" for name, row in facts["structures"].items())
         residual = "" if facts["residual"] is None else f", residual {facts['residual']:.2f}"
         how = (
             "finished before" if facts["skipped"] else f"{facts['mode']}{residual}, {facts['seconds']:.1f} s"
