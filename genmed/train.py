@@ -43,6 +43,7 @@ Scan = tuple[Float[Tensor, "c x y z"], Int[Tensor, "x y z"]]
 CHECKPOINT = "checkpoint.safetensors"
 BEST = "best"  # folder of the weights that scored highest on the tune part
 SAVE_EVERY_MINUTES = 3.0
+VALIDATE_EVERY_MINUTES = 5.0
 WARM_UP_STEPS = 200
 EMA_DECAY = 0.999
 LARGEST_GRADIENT = 1.0
@@ -134,7 +135,6 @@ def fit(
     max_minutes: float | None = None,
     resume: bool = False,
     validate: Callable[[nn.Module], dict[str, float]] | None = None,
-    validate_every_minutes: float = 5.0,
     picture: Callable[[nn.Module], Tensor] | None = None,
     mixed_precision: str | None = None,
     clock: Callable[[], float] = wall_minutes,
@@ -149,7 +149,8 @@ def fit(
     Args:
         clock: gives the present minute; all minutes here are counted by it (`wall_minutes`, `fair_minutes`).
         keep_best: called with the averaged network, the minutes and the scores at each validation whose "dice"
-            is higher than all before, those before a resume included.
+            is higher than all before, those before a resume included. Validations are 5 minutes apart, in short
+            trainings a quarter of `max_minutes`.
 
     Returns:
         The network with averaged weights and the minutes that the training took in all; `time_spent` knows more.
@@ -164,6 +165,7 @@ def fit(
         first, before, best = load_state(folder / CHECKPOINT, objective, average.model, optimiser)
     wrapped, optimiser = accelerator.prepare(objective, optimiser)
     chief = accelerator.is_main_process
+    validate_every = min(VALIDATE_EVERY_MINUTES, max_minutes / 4 if max_minutes else math.inf)
     log = _Log(folder) if chief else None
     started = _clocks(clock)
     saved = validated = minutes = before.minutes
@@ -205,7 +207,7 @@ def fit(
                 if log:
                     log.losses(losses, step)
                     bar.update(task, completed=step, note=_note(log, minutes, max_minutes))
-                if log and validate and minutes - validated >= validate_every_minutes:
+                if log and validate and minutes - validated >= validate_every:
                     judge(log, validate)
                     if picture:
                         log.picture(picture(average.model), step)

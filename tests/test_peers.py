@@ -357,18 +357,24 @@ def ticks(step: float = 1.0):  # type: ignore[no-untyped-def]
     return lambda: float(next(minute))
 
 
+@pytest.fixture
+def each_step_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "VALIDATE_EVERY_MINUTES", 0)
+
+
 def run(folder: Path, dice: list[float], steps: int, resume: bool = False) -> list[tuple[float, float]]:
     """Train with a validation a step whose Dice is given; the kept (weight, Dice)."""
     kept: list[tuple[float, float]] = []
     scores = iter(dice)
     fit(
         Slope(), lambda step, process: EMPTY, folder, steps=steps, learning_rate=0.1, resume=resume,
-        validate=lambda model: {"dice": next(scores)}, validate_every_minutes=0,
+        validate=lambda model: {"dice": next(scores)},
         keep_best=lambda model, minutes, found: kept.append((model.weight.item(), found["dice"])),
     )  # fmt: skip
     return kept
 
 
+@pytest.mark.usefixtures("each_step_judged")
 def test_the_best_weights_are_kept_also_across_a_resume(tmp_path: Path) -> None:
     first = run(tmp_path, [0.5, 0.3, math.nan, 0.7, 0.7], steps=4)
     assert [dice for _, dice in first] == [0.5, 0.7]
@@ -376,19 +382,30 @@ def test_the_best_weights_are_kept_also_across_a_resume(tmp_path: Path) -> None:
     assert run(tmp_path, [0.6, 0.7, 0.8, 0.8], steps=7, resume=True)[0][1] == 0.8
 
 
+@pytest.mark.usefixtures("each_step_judged")
 def test_our_folder_keeps_the_best_weights_as_a_model(
     data: Path, split: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = iter([0.9, 0.4, 0.1, 0.2])
     monkeypatch.setattr(training, "tune_dice", lambda segment, scans, plan: {"dice": next(scores)})
-    fit_often = lambda *given, **named: fit(*given, **named, validate_every_minutes=0)  # noqa: E731
-    monkeypatch.setattr(training, "fit", fit_often)
     out = train(data, tmp_path / "model", split=split, preset="small", steps=2)
     final, best = load_model(out), load_model(out / BEST)
     assert read_card(out / BEST).scores == {"tune dice": 0.9} and read_card(out).scores == {"tune dice": 0.2}
     assert replace(best.plan, typical=()) == replace(final.plan, typical=())
     pairs = zip(best.denoiser.parameters(), final.denoiser.parameters(), strict=True)
     assert any(not torch.equal(a, b) for a, b in pairs)  # of the first step and of the second
+
+
+@pytest.mark.parametrize(("budget", "validations"), [(40, 8), (10, 4), (None, 1)])
+def test_validations_are_five_minutes_apart_and_a_quarter_of_a_short_budget(
+    tmp_path: Path, budget: float | None, validations: int
+) -> None:
+    seen: list[float] = []
+    fit(
+        Slope(), lambda step, process: EMPTY, tmp_path, steps=1000, learning_rate=0.1, max_minutes=budget,
+        clock=ticks(0.05), validate=lambda model: {"dice": seen.append(1.0) or 0.0},
+    )  # fmt: skip
+    assert abs(len(seen) - validations) <= 1
 
 
 def test_minutes_are_counted_by_the_given_clock(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from genmed.degrade import (
 from genmed.volume import Volume
 
 SPLITS = Path(__file__).parent / "splits"
-FEW_SHOT_MINUTES = 15.0  # of every training on a few cases
+FEW_SHOT_MINUTES = 6.0  # of every training on a few cases
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,8 @@ def header_only(scan: Degraded) -> Degraded:
 
 SETS = {
     "hippocampus": TrainingSet("Task04_Hippocampus", SPLITS / "hippocampus.json", 2.0, "small", 40),
-    "acdc": TrainingSet("acdc", SPLITS / "acdc.json", 2.5, "base", 100),
-    "left_atrium": TrainingSet("left_atrium", SPLITS / "left_atrium.json", 2.5, "small", 30),
+    "acdc": TrainingSet("acdc", SPLITS / "acdc.json", 2.5, "small", 40),
+    "left_atrium": TrainingSet("left_atrium", SPLITS / "left_atrium.json", 2.5, "small", 20),
 }
 
 # The columns ----------------------------------------------------------------------------------------------
