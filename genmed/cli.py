@@ -460,7 +460,7 @@ def hippocampus(
 
 @bench_app.command("segmentation")
 def bench_segmentation(
-    table: Annotated[str, typer.Option(help="standard, degraded, fewshot or zeroshot.")],
+    table: Annotated[str, typer.Option(help="standard, degraded, fewshot, zeroshot or confirmed.")],
     runs: Annotated[Path, typer.Option(help="Folder of the trainings, RUNS/SET/RUN.")],
     out: Annotated[Path, typer.Option(help="Folder for table, cases and picture; one for each table.")],
     data: Annotated[

@@ -2,23 +2,32 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from genmed.bench.degraded import mean_dice
 from genmed.data.dataset import read_dataset
 from genmed.data.split import read_split
 from genmed.degrade import coarser, inverted
-from genmed.hub import load
+from genmed.hub import Model, load
 from genmed.metrics import dice
+from genmed.space import Space
 from genmed.tasks.segment import segment
-from genmed.volume import read, read_labels
+from genmed.volume import Volume, read, read_labels
 
 DATA = os.environ.get("GENMED_DATA")
 SPLIT = Path(__file__).parents[1] / "genmed" / "bench" / "splits" / "hippocampus.json"
 
 pytestmark = pytest.mark.skipif(not DATA, reason="needs the real hippocampus set below GENMED_DATA")
+
+
+def mean_dice(model: Model, scan: Volume, truth: Volume, options: dict[str, Any]) -> float:
+    """Mean Dice over the structures on the working grid of the (degraded) scan."""
+    found = segment(model, scan, grid="model", **options).labels
+    true = Space.fit(truth.grid, model.plan.spacing_mm).labels_to_model(truth.data[0], model.plan.label_values)
+    values = list(enumerate(model.plan.label_values))[1:]
+    return float(np.mean([dice(found.data[0] == value, true == number) for number, value in values]))
 
 
 def test_shipped_model_segments_clean_scans_and_rescues_coarse_ones() -> None:

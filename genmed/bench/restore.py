@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from genmed.bench.degraded import SPLIT
+from genmed.bench.tables import SETS
 from genmed.data.dataset import read_dataset
 from genmed.data.split import person, read_split
 from genmed.degrade import Degraded, coarser, inverted, keep_slices
@@ -91,7 +91,7 @@ def scores(
 def run(model: Model, data: Path, part: str, cases: int | None, samples: int | None) -> None:
     """Print the table row by row."""
     dataset = read_dataset(data)
-    ids = getattr(read_split(SPLIT, dataset.ids), part)
+    ids = getattr(read_split(SETS["hippocampus"].split, dataset.ids), part)
     chosen = ids if cases is None else ids[:: max(1, len(ids) // cases)][:cases]
     people = [person(dataset.name, id) for id in chosen]
     print(f"PSNR in dB and SSIM on {len(chosen)} {part} cases, mean and 95 % interval (bootstrap by person)\n")
