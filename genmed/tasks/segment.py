@@ -40,9 +40,10 @@ MATCHES: dict[str, matches.Match] = {
     "mind": matches.mind(),
     "mi": matches.mutual_information(),
 }
+RIGID = ("none", "affine")
 OTHER_MODALITY = ("affine", "curve")  # tried in this order when the image is surprising
 STEPS = 8  # noise levels of a guided trajectory
-TRAVELS = 2  # times each level of it between TRAVELLED is repeated
+TRAVELS = 2  # times each level of it between TRAVELLED is repeated with a flexible match, which can settle wrongly
 TRAVELLED = (0.1, 3.0)
 SAMPLES = 4  # guided trajectories that are averaged
 CONDITIONAL_STEPS = 4  # noise levels of a label drawn given a complete image
@@ -203,7 +204,8 @@ def infer(
             soft = conditional(model.denoiser, view.image, seeds if samples else None, model.plan.patch)
             image, residual = view.image.expand(len(soft), *view.image.shape[1:]), 0.0
         else:
-            soft, image, residual = guided_pair(model, view, mode, MATCHES[match], seeds, progress)
+            travels = 0 if match in RIGID else TRAVELS
+            soft, image, residual = guided_pair(model, view, mode, MATCHES[match], seeds, progress, travels=travels)
         return Found(soft, image, residual, surprise_of(model, image, soft), mode, match)
 
 
@@ -233,7 +235,7 @@ def probe(model: Model, view: View, attempt: tuple[str, str], seed: int) -> floa
     """Residual of one guided sample: what the observation's geometry, as assumed by `view`, leaves unexplained."""
     mode, match = attempt
     with torch.no_grad():
-        return guided_pair(model, view, mode, MATCHES[match], [seed * 10_007])[2]
+        return guided_pair(model, view, mode, MATCHES[match], [seed * 10_007], travels=0)[2]
 
 
 def conditional(
@@ -289,7 +291,7 @@ def guided_pair(
     progress: Progress | None = None,
     *,
     steps: int = STEPS,
-    travels: int = TRAVELS,
+    travels: int,
 ) -> tuple[Float[Tensor, "s k x y z"], Float[Tensor, "s c x y z"], float]:
     """Sample (image, label) pairs that agree with the observation.
 
