@@ -30,7 +30,9 @@ RESUME = {
     "data": "run the same command again: it goes on where the download stopped, and skips converted cases",
 }
 INTERRUPTED = 130
-SHOWN = ("mode", "match", "residual", "surprise", "doubtful", "slice_thickness_mm", "seconds")  # of a finished case
+SHOWN = (  # of a finished case
+    "mode", "match", "widened", "residual", "surprise", "doubtful", "slice_thickness_mm", "seconds",
+)  # fmt: skip
 
 
 class _Commands(TyperGroup):

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -272,20 +273,62 @@ def test_thin_slices_have_gaps_between_them() -> None:
 @pytest.mark.parametrize(
     ("mode", "match", "complete", "attempts"),
     [
-        ("auto", "auto", True, ["conditional/none", "restore-then-condition/affine", "restore-then-condition/curve"]),
+        (
+            "auto", "auto", True,
+            ["conditional/none", "restore-then-condition/affine", "restore-then-condition/curve",
+             "restore-then-condition/none, widened"],
+        ),
         ("auto", "none", True, ["conditional/none"]),
         ("auto", "curve", True, ["restore-then-condition/curve"]),
         ("conditional", "auto", True, ["conditional/none"]),
         ("conditional", "auto", False, ["conditional/none"]),
         ("joint", "auto", True, ["joint/none", "joint/affine", "joint/curve"]),
-        ("auto", "auto", False, ["restore-then-condition/affine", "restore-then-condition/curve"]),
+        (
+            "auto", "auto", False,
+            ["restore-then-condition/affine", "restore-then-condition/curve", "restore-then-condition/affine, widened"],
+        ),
         ("auto", "none", False, ["restore-then-condition/none"]),
     ],
-)
+)  # fmt: skip
 def test_what_is_tried_in_which_order(mode: str, match: str, complete: bool, attempts: list[str]) -> None:
     view = View.of(PLAN, scan() if complete else scan((5, 6, 3), np.diag([2, 2, 4, 1])))
     assert view.complete == complete
-    assert ["/".join(attempt) for attempt in attempts_at(view, mode, match)] == attempts
+    found = [f"{way}/{other}{', widened' * widened}" for way, other, widened in attempts_at(view, mode, match)]
+    assert found == attempts
+
+
+def test_a_scan_as_large_as_the_patches_has_no_surroundings_to_restore() -> None:
+    view = View.of(PLAN, scan((16, 17, 18)))
+    assert view.room == (0, 0, 0) and not view.with_margins().widened
+    assert not any(attempt.widened for attempt in attempts_at(view, "auto", "auto"))
+    thick = replace(PLAN, spacing_mm=(1.0, 1.0, 5.0), thick_slices=True)
+    assert View.of(thick, scan((10, 12, 4), np.diag([1, 1, 5, 1]))).room == (6, 4, 0)
+
+
+@pytest.mark.parametrize("affine", [OBLIQUE, np.diag([1.0, 1, 2, 1])])
+def test_margins_are_never_compared_with_the_scan(affine: np.ndarray) -> None:
+    view = View.of(PLAN, scan((11, 12, 9), affine))
+    wide = view.with_margins()
+    size = tuple(m.shape[1] for m in wide.matrices)
+    assert wide.widened and size == (16, 16, max(16, view.image.shape[4]))
+    x = torch.randn(2, 1, *size, generator=torch.Generator().manual_seed(0))
+    inner = wide.inside(x)
+    assert inner.shape[2:] == view.image.shape[2:]
+    assert torch.allclose(wide.observation.operator(x), view.observation.operator(inner), atol=1e-6)
+    y = torch.randn(wide.observation.y.shape, generator=torch.Generator().manual_seed(1))
+    back = wide.observation.operator.adjoint(y)
+    assert torch.allclose(wide.inside(back), view.observation.operator.adjoint(y), atol=1e-6)
+    assert back.abs().sum() == pytest.approx(float(wide.inside(back).abs().sum()))
+
+
+def test_a_widened_result_lies_on_the_grid_of_the_scan(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    from genmed.tasks import segment as module
+
+    monkeypatch.setattr(module, "surprise_of", lambda model, image, soft: 0.0 if image.shape[2] == 16 else 99.0)
+    found = segment(model, scan(), samples=2)
+    assert found.widened and found.surprise == 0 and found.labels.grid.shape == scan().grid.shape
+    assert found.image is not None and found.image.grid.shape == View.of(PLAN, scan()).space.model.shape
+    assert np.array_equal(found.labels.affine, scan().affine)
 
 
 def test_auto_stops_at_what_does_not_surprise_and_else_keeps_the_least_surprising(
@@ -305,8 +348,10 @@ def test_auto_stops_at_what_does_not_surprise_and_else_keeps_the_least_surprisin
     for values, expected, kept, doubtful in (
         ([0.5], ["none"], "none", False),
         ([9.0, 1.0], ["none", "affine"], "affine", False),
-        ([9.0, 7.0, 8.0], ["none", "affine", "curve"], "affine", True),
-        ([5.0, 7.0, 8.0], ["none", "affine", "curve"], "none", True),
+        ([9.0, 5.0, 8.0, 7.0], ["none", "affine", "curve", "none"], "affine", True),
+        ([9.0, 7.0, 8.0, 7.0], ["none", "affine", "curve", "none"], "none", True),  # hardly better: not believed
+        ([5.0, 7.0, 8.0, 7.0], ["none", "affine", "curve", "none"], "none", True),
+        ([4.5, 3.9], ["none", "affine"], "affine", False),
     ):
         surprises[:], tried[:] = values, []
         result = segment(model, scan())

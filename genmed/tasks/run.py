@@ -236,6 +236,7 @@ def _segmented(
         "surprise": None if result.surprise is None else _finite(result.surprise),
         "doubtful": result.doubtful,
         "slice_thickness_mm": result.slice_thickness_mm,
+        "widened": result.widened,
     }
     return Made(files, facts | _facts(result), measure(result, shown, model.plan))
 

@@ -40,6 +40,7 @@ MATCHES: dict[str, matches.Match] = {
     "mind": matches.mind(),
     "mi": matches.mutual_information(),
 }
+BETTER = 2 / 3  # share of the surprise that another explanation may leave
 RIGID = ("none", "affine")
 OTHER_MODALITY = ("affine", "curve")  # tried in this order when the image is surprising
 STEPS = 8  # noise levels of a guided trajectory
@@ -68,7 +69,8 @@ class Segmentation:
     root mean square of what the guided samples do not explain of the observation, in units of its noise; it is 0
     in conditional mode, which takes the image as exact. `surprise` says how far the pair of image and label is
     from clean cases, in standard deviations over these (None for a model that has not measured them); above
-    `genmed.surprise.LIMIT` the result is `doubtful`. `slice_thickness_mm` is what slices were taken to average.
+    `genmed.surprise.LIMIT` the result is `doubtful`. `slice_thickness_mm` is what slices were taken to average,
+    `widened` tells that unseen tissue was restored round a small field of view.
     """
 
     labels: Volume
@@ -82,11 +84,20 @@ class Segmentation:
     image: Volume | None
     surprise: float | None = None
     slice_thickness_mm: float | None = None
+    widened: bool = False
 
     @property
     def doubtful(self) -> bool:
         """The scan is outside what the model explains: look at the result before it is used."""
         return self.surprise is not None and self.surprise > LIMIT
+
+
+class Attempt(NamedTuple):
+    """A way to explain a scan: mode, match, and whether there is unseen tissue round the field of view."""
+
+    mode: str
+    match: str
+    widened: bool = False
 
 
 class Found(NamedTuple):
@@ -98,6 +109,7 @@ class Found(NamedTuple):
     surprise: float | None
     mode: str
     match: str
+    widened: bool = False
 
 
 def segment(
@@ -143,27 +155,40 @@ def segment(
         thin = view.with_thin_slices()
         view = min(view, thin, key=lambda view: probe(model, view, attempts[0], seed))
     found: list[Found] = []
-    for number, attempt in enumerate(attempts):
-        share = _share(progress, number, len(attempts))
-        found.append(infer(model, view, *attempt, samples=samples, seed=seed, progress=share))
+    for number, (way, other, widened) in enumerate(attempts):
+        share, seen = _share(progress, number, len(attempts)), view.with_margins() if widened else view
+        found.append(infer(model, seen, way, other, samples=samples, seed=seed, progress=share))
         if found[-1].surprise is None or found[-1].surprise <= LIMIT:
             break
-    best = found[-1] if found[-1].surprise is None else min(found, key=lambda f: f.surprise or 0.0)
+    best = least_surprising(found)
     if progress:
         progress(1.0)
     return _result(model.plan, scan, view, best, grid=grid, seed=seed, seconds=time.monotonic() - started)
 
 
-def attempts_at(view: View, mode: str, match: str) -> list[tuple[str, str]]:
-    """(mode, match) to try in turn until one does not surprise the model, the most likely first."""
+def least_surprising(found: Sequence[Found]) -> Found:
+    """The explanation to keep; another one than the first must be unsurprising, or a third less surprising.
+
+    A scan can be unlike clean ones for a reason that no appearance model removes, such as a small field of view.
+    """
+    first, best = found[0], min(found, key=lambda f: f.surprise or 0.0)
+    if first.surprise is None or best.surprise is None:
+        return found[-1]
+    return best if best.surprise <= max(LIMIT, BETTER * first.surprise) else first
+
+
+def attempts_at(view: View, mode: str, match: str) -> list[Attempt]:
+    """What to try in turn until one does not surprise the model, the most likely first."""
     steered = "restore-then-condition" if mode in ("auto", "conditional") else mode
     usual = "affine" if view.coarse else "none"
-    first = (steered, usual if match == "auto" else match)
+    first = Attempt(steered, usual if match == "auto" else match)
     if mode == "conditional" or (mode == "auto" and view.complete and match in ("auto", "none")):
-        first = ("conditional", "none")
+        first = Attempt("conditional", "none")
     if mode == "conditional" or match != "auto":
         return [first]
-    return [first, *((steered, other) for other in OTHER_MODALITY if (steered, other) != first)]
+    others = [Attempt(steered, other) for other in OTHER_MODALITY if (steered, other) != first[:2]]
+    widened = [Attempt(steered, usual, widened=True)] if mode == "auto" and any(view.room) else []
+    return [first, *others, *widened]
 
 
 def _share(progress: Progress | None, number: int, count: int) -> Progress | None:
@@ -206,7 +231,8 @@ def infer(
         else:
             travels = 0 if match in RIGID else TRAVELS
             soft, image, residual = guided_pair(model, view, mode, MATCHES[match], seeds, progress, travels=travels)
-        return Found(soft, image, residual, surprise_of(model, image, soft), mode, match)
+        surprising = surprise_of(model, image, soft)
+        return Found(view.inside(soft), view.inside(image), residual, surprising, mode, match, view.widened)
 
 
 def surprise_of(
@@ -231,9 +257,9 @@ def denoise_with(model: Model, voxels: int) -> Denoise:
     return tiled(denoise, model.plan.patch) if voxels > TILED_ABOVE else denoise
 
 
-def probe(model: Model, view: View, attempt: tuple[str, str], seed: int) -> float:
+def probe(model: Model, view: View, attempt: Attempt, seed: int) -> float:
     """Residual of one guided sample: what the observation's geometry, as assumed by `view`, leaves unexplained."""
-    mode, match = attempt
+    mode, match, _ = attempt
     with torch.no_grad():
         return guided_pair(model, view, mode, MATCHES[match], [seed * 10_007], travels=0)[2]
 
@@ -379,7 +405,7 @@ def _result(
     return Segmentation(
         labels=labels, probabilities=chances, volume_ml=_volumes(plan, space, soft), residual=found.residual,
         surprise=found.surprise, mode=found.mode, match=found.match, slice_thickness_mm=view.slice_thickness_mm,
-        seconds=seconds, seed=seed, image=restored,
+        widened=found.widened, seconds=seconds, seed=seed, image=restored,
     )  # fmt: skip
 
 

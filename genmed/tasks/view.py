@@ -39,6 +39,8 @@ class View:
     matrices: tuple[Tensor, Tensor, Tensor]  # working grid -> observation grid
     coarse_axes: tuple[bool, bool, bool]
     slice_thickness_mm: float | None = None
+    room: tuple[int, int, int] = (0, 0, 0)  # working voxels by which the training patches are larger
+    margins: tuple[tuple[int, int], ...] = ((0, 0), (0, 0), (0, 0))  # unseen voxels round the working grid
 
     @property
     def coarse(self) -> bool:
@@ -58,6 +60,25 @@ class View:
         thin = torch.from_numpy(slice_profile(n_model, n_y, thin_mm, thin_mm * n_model / n_y)).float()
         x, y, z = (thin if number == axis else m for number, m in enumerate(self.matrices))
         return replace(self, matrices=(x, y, z), slice_thickness_mm=thin_mm)
+
+    def with_margins(self) -> View:
+        """The same scan in the middle of a working grid as large as the training patches, its margins unseen.
+
+        A network that has always met a structure in its surroundings is lost in a field of view without them.
+        """
+        margins = tuple((free // 2, free - free // 2) for free in self.room)
+        x, y, z = (torch.nn.functional.pad(m, pair) for m, pair in zip(self.matrices, margins, strict=True))
+        return replace(self, matrices=(x, y, z), margins=margins)
+
+    @property
+    def widened(self) -> bool:
+        """There are margins."""
+        return any(map(sum, self.margins))
+
+    def inside(self, values: Float[Tensor, "b c X Y Z"]) -> Float[Tensor, "b c x y z"]:
+        """What lies within the scan's field of view of values on the working grid and its margins."""
+        x, y, z = (slice(low, n - high) for n, (low, high) in zip(values.shape[2:], self.margins, strict=True))
+        return values[:, :, x, y, z]
 
     @property
     def complete(self) -> bool:
@@ -80,7 +101,7 @@ class View:
     def observation(self) -> Observation:
         """What the guide compares with, in units of the noise."""
         sigma_y = self.sigma_y
-        if not self.coarse:
+        if not self.coarse and not self.widened:
             return Observation("image", self.y, Identity() if self.complete else voxels(self.seen), sigma_y)
         operator = Resample(self.matrices)
         return Observation("image", self.y, masked(operator, self.seen), sigma_y)
@@ -124,7 +145,7 @@ class View:
         return cls(
             space, intensity, torch.from_numpy(y).float()[None] * visible, visible,
             tuple(torch.from_numpy(m).float() for m in matrices),  # type: ignore[arg-type]
-            tuple(coarse_axes), slice_thickness_mm,  # type: ignore[arg-type]
+            tuple(coarse_axes), slice_thickness_mm, _room(plan, space),  # type: ignore[arg-type]
         )  # fmt: skip
 
 
@@ -153,6 +174,12 @@ def _check_extent(plan: Plan, space: Space, scan: Volume) -> None:
             f"{scan.path or 'scan'}: covers {covered} mm, but model '{plan.name}' was trained on crops of at most "
             f"{trained} mm; give --roi with a box of that size around the structure."
         )
+
+
+def _room(plan: Plan, space: Space) -> tuple[int, int, int]:
+    """Working voxels that a training patch has more than the scan; none along thick slices, whose number varies."""
+    x, y, z = (max(0, patch - n) for patch, n in zip(plan.patch, space.model.shape, strict=True))
+    return x, y, 0 if plan.thick_slices else z
 
 
 def slice_profile(n_model: int, n_y: int, thickness_mm: float | None, spacing_mm: float) -> np.ndarray:
