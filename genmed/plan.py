@@ -210,7 +210,8 @@ def _check_agreement(plan: Plan) -> None:
     multiple, levels = plan.patch_multiple, len(plan.widths)
     if any(side % m for side, m in zip(plan.patch, multiple, strict=True)):
         _fail("patch", f"{list(plan.patch)} must be multiples of {list(multiple)} for {levels} U-Net levels")
-    if plan.typical and len(plan.typical) != 2 * (len(plan.labels) + 1):
+    features = len(plan.labels) + 1 + 9 * len(plan.channels)
+    if plan.typical and len(plan.typical) != 2 * features:
         _fail("typical", f"has {len(plan.typical)} numbers for {len(plan.labels)} labels; train again, or leave it out")
     if plan.sigma_min >= plan.sigma_max:
         _fail("sigma_min", f"({plan.sigma_min}) must be below 'sigma_max' ({plan.sigma_max})")

@@ -2,8 +2,8 @@
 
 A pair that the model has learnt is denoised well from much noise, whatever texture it has; an image of another
 contrast, or the label that a network makes of it, is not. An empty label is denoised well, too, so the volumes of
-the structures are looked at besides. No other modality is needed to set the threshold: it comes from clean tuning
-cases alone.
+the structures are looked at besides, and so is the histogram of the image, where contrasts differ even if the layout
+is familiar. No other modality is needed to set the threshold: it comes from clean tuning cases alone.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,7 +18,10 @@ from genmed.samplers import Denoise, noise, seeded
 SIGMA = 5.0  # noise in which only the layout of the scan is left
 DRAWS = 4  # noise draws that are averaged
 LIMIT = 4.0  # surprise above which a scan is taken for another kind: 2 % of clean ones, if ten persons were measured
-LEAST_DEVIATION = 0.03  # of a logarithm over clean cases: few cases can agree by chance
+LEAST_DEVIATION = 0.03  # of a feature over clean cases: few cases can agree by chance
+QUANTILES = torch.linspace(0.05, 0.95, 9)  # of the intensities, that stand for their histogram
+ENOUGH = 1_000_000  # voxels to take them from
+HISTOGRAM = 4 / 3  # weight of their mean deviation: 3 is as rare there as 4 is for the worst of the other features
 
 
 @torch.no_grad()
@@ -28,17 +31,21 @@ def features(
     image: Float[Tensor, "b c x y z"],
     soft: Float[Tensor, "b k x y z"],
     draws: int = DRAWS,
-) -> Float[Tensor, "b k+1"]:
-    """Logarithms of the denoising errors at `SIGMA` of image and label, and of the structures' volumes.
+) -> Float[Tensor, "b n"]:
+    """Logarithms of the denoising errors at `SIGMA` of image and label, of the structures' volumes, and the histogram.
 
     The errors, squared for the image and cross-entropy for the label, are the terms of the diffusion model's
     likelihood bound (Kingma et al., arXiv 2107.00630) at one noise level, with the same noise for every pair. Volumes
-    are those of the most probable class, in voxels of the working grid plus one, background left out.
+    are those of the most probable class, in voxels of the working grid plus one, background left out. The histogram
+    is given by `QUANTILES` of every channel.
 
     Args:
         denoise: (z, sigma) -> z0_hat of all fields.
         image: normalised images.
         soft: label probabilities; the most probable class is judged.
+
+    Returns:
+        Two errors, k − 1 volumes, nine quantiles a channel.
     """
     classes, count = soft.argmax(dim=1), soft.shape[1]
     label = one_hot(classes, count).to(image)
@@ -51,7 +58,10 @@ def features(
         errors[:, 0] += (parts["image"] - image).square().mean(dim=(1, 2, 3, 4)) / draws
         errors[:, 1] -= chance.log().mean(dim=(1, 2, 3, 4)) / draws
     voxels = (label[:, 1:] > 0).sum(dim=(2, 3, 4)) + 1
-    return torch.cat([errors.clamp(min=1e-9), voxels], dim=1).log()
+    values = image.flatten(2).float()
+    values = values[..., :: max(1, values.shape[2] // ENOUGH)]
+    quantiles = torch.quantile(values, QUANTILES, dim=2).permute(1, 2, 0).flatten(1)
+    return torch.cat([torch.cat([errors.clamp(min=1e-9), voxels], dim=1).log(), quantiles], dim=1)
 
 
 def typical(rows: Iterable[Float[Tensor, "1 n"]]) -> tuple[float, ...]:
@@ -62,8 +72,13 @@ def typical(rows: Iterable[Float[Tensor, "1 n"]]) -> tuple[float, ...]:
     return tuple(round(number, 4) for number in numbers.tolist())
 
 
-def surprise(features: Float[Tensor, "b n"], typical: Sequence[float]) -> Float[Tensor, " b"]:
-    """Standard deviations by which a pair is off clean cases, in what is most off: errors above, volumes either way."""
+def surprise(features: Float[Tensor, "b n"], typical: Sequence[float], structures: int) -> Float[Tensor, " b"]:
+    """Standard deviations by which a pair is off clean cases, in what is most off.
+
+    Errors count above the mean, the volumes of the `structures` either way, the histogram by the root mean square of
+    its quantiles, times `HISTOGRAM`.
+    """
     mean, deviation = torch.tensor(typical).reshape(2, -1)
-    off = (features - mean) / deviation
-    return torch.cat([off[:, :2], off[:, 2:].abs()], dim=1).amax(dim=1)
+    errors, volumes, quantiles = ((features - mean) / deviation).split([2, structures, len(mean) - 2 - structures], 1)
+    histogram = HISTOGRAM * quantiles.square().mean(dim=1, keepdim=True).sqrt()
+    return torch.cat([errors, volumes.abs(), histogram], dim=1).amax(dim=1)

@@ -17,7 +17,7 @@ def test_errors_of_a_denoiser_that_knows_nothing_but_the_average() -> None:
     soft = torch.rand(1, 2, *SIZE)
     found = features(lambda z, sigma: torch.zeros_like(z), FIELDS, image, soft)
     voxels = int((soft[:, 1] > soft[:, 0]).sum())
-    expected = [math.log(4.0), math.log(math.log(2.0)), math.log(voxels + 1)]
+    expected = [math.log(4.0), math.log(math.log(2.0)), math.log(voxels + 1), *[2.0] * 9]
     assert found[0].tolist() == pytest.approx(expected, abs=1e-6)
 
 
@@ -47,17 +47,33 @@ def test_a_pair_does_not_depend_on_the_rest_of_its_batch() -> None:
     assert torch.allclose(together, alone, atol=1e-6)
 
 
+def test_quantiles_of_every_channel_stand_for_the_histogram() -> None:
+    two = image_and_label(("T1", "T2"), ("background", "front"))
+    even = torch.linspace(0, 1, 1001).reshape(1, 1, 7, 11, 13)
+    image = torch.cat([even, 10 * even.flip(4)], dim=1)
+    found = features(lambda z, sigma: torch.zeros_like(z), two, image, torch.rand(1, 2, 7, 11, 13))
+    share = torch.linspace(0.05, 0.95, 9)
+    assert torch.allclose(found[0, 3:], torch.cat([share, 10 * share]), atol=1e-4)
+
+
+def test_a_changed_histogram_surprises_by_its_mean_deviation() -> None:
+    clean = typical([torch.tensor([[0.0, 0, 0, value, 2 * value, 0]]) for value in (-1.0, 0.0, 1.0)])
+    worse = torch.tensor([[0.0, 0, 0, 3.0, 0, 0], [0.0, 0, 0, 2.0, -4.0, 2 * 0.03]])
+    assert surprise(worse, clean, 1).tolist() == pytest.approx([4 / 3 * 3**0.5, 4 / 3 * 2], abs=1e-3)
+
+
 def test_surprise_is_the_worst_of_the_features_in_standard_deviations() -> None:
-    clean = typical([torch.tensor([[0.0, 10.0, 5.0]]), torch.tensor([[2.0, 14.0, 7.0]])])
+    clean = typical([torch.tensor([[0.0, 10.0, 5.0, 1.0]]), torch.tensor([[2.0, 14.0, 7.0, 1.0]])])
     root = math.sqrt(2)
-    assert clean == pytest.approx((1.0, 12.0, 6.0, root, 2 * root, root), abs=1e-4)
+    assert clean == pytest.approx((1.0, 12.0, 6.0, 1.0, root, 2 * root, root, 0.03), abs=1e-4)
     rows = [[1, 12, 6], [1 + 3 * root, 12, 6], [-9, 12 + 2 * root, 6], [-9, 0, 6 - 4 * root], [1, 12, 6 + 5 * root]]
-    assert surprise(torch.tensor(rows), clean).tolist() == pytest.approx([0, 3, 1, 4, 5], abs=1e-3)
+    rows = [[*row, 1] for row in rows]
+    assert surprise(torch.tensor(rows), clean, 1).tolist() == pytest.approx([0, 3, 1, 4, 5], abs=1e-3)
 
 
 def test_a_structure_that_may_be_missing_does_not_surprise_when_it_is() -> None:
-    clean = typical([torch.tensor([[0.0, 0.0, volume]]) for volume in (0.0, 0.0, 8.0, 8.5)])
-    assert surprise(torch.tensor([[0.0, 0.0, 0.0]]), clean).item() < 3
+    clean = typical([torch.tensor([[0.0, 0.0, volume, 0.0]]) for volume in (0.0, 0.0, 8.0, 8.5)])
+    assert surprise(torch.zeros(1, 4), clean, 1).item() < 3
 
 
 def test_cases_that_are_all_alike_leave_some_deviation() -> None:

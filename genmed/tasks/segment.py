@@ -243,7 +243,7 @@ def surprise_of(
         return None
     draws = 1 if image[0, 0].numel() > TILED_ABOVE else max(1, DRAWS // len(image))
     values = features(denoise_with(model, image[0, 0].numel()), model.denoiser.fields, image, soft, draws)
-    return float(surprise(values, model.plan.typical).mean())
+    return float(surprise(values, model.plan.typical, len(model.plan.labels) - 1).mean())
 
 
 def denoise_with(model: Model, voxels: int) -> Denoise:
