@@ -36,8 +36,7 @@ def features(
 
     The errors, squared for the image and cross-entropy for the label, are the terms of the diffusion model's
     likelihood bound (Kingma et al., arXiv 2107.00630) at one noise level, with the same noise for every pair. Volumes
-    are those of the most probable class, in voxels of the working grid plus one, background left out. The histogram
-    is given by `QUANTILES` of every channel.
+    are those of the most probable class, in voxels of the working grid plus one, background left out.
 
     Args:
         denoise: (z, sigma) -> z0_hat of all fields.
@@ -45,7 +44,7 @@ def features(
         soft: label probabilities; the most probable class is judged.
 
     Returns:
-        Two errors, k − 1 volumes, nine quantiles a channel.
+        Two errors, k − 1 volumes, the `histogram` of every channel.
     """
     classes, count = soft.argmax(dim=1), soft.shape[1]
     label = one_hot(classes, count).to(image)
@@ -58,10 +57,20 @@ def features(
         errors[:, 0] += (parts["image"] - image).square().mean(dim=(1, 2, 3, 4)) / draws
         errors[:, 1] -= chance.log().mean(dim=(1, 2, 3, 4)) / draws
     voxels = (label[:, 1:] > 0).sum(dim=(2, 3, 4)) + 1
+    return torch.cat([torch.cat([errors.clamp(min=1e-9), voxels], dim=1).log(), histogram(image).flatten(1)], dim=1)
+
+
+def histogram(image: Float[Tensor, "b c x y z"]) -> Float[Tensor, "b c 9"]:
+    """`QUANTILES` of every channel."""
     values = image.flatten(2).float()
     values = values[..., :: max(1, values.shape[2] // ENOUGH)]
-    quantiles = torch.quantile(values, QUANTILES, dim=2).permute(1, 2, 0).flatten(1)
-    return torch.cat([torch.cat([errors.clamp(min=1e-9), voxels], dim=1).log(), quantiles], dim=1)
+    return torch.quantile(values, QUANTILES, dim=2).permute(1, 2, 0)
+
+
+def typical_histogram(typical: Sequence[float], channels: int) -> Float[Tensor, "c 9"]:
+    """Mean `histogram` of clean cases."""
+    mean, _ = torch.tensor(typical).reshape(2, -1)
+    return mean[len(mean) - channels * len(QUANTILES) :].reshape(channels, -1)
 
 
 def typical(rows: Iterable[Float[Tensor, "1 n"]]) -> tuple[float, ...]:
@@ -80,5 +89,5 @@ def surprise(features: Float[Tensor, "b n"], typical: Sequence[float], structure
     """
     mean, deviation = torch.tensor(typical).reshape(2, -1)
     errors, volumes, quantiles = ((features - mean) / deviation).split([2, structures, len(mean) - 2 - structures], 1)
-    histogram = HISTOGRAM * quantiles.square().mean(dim=1, keepdim=True).sqrt()
-    return torch.cat([errors, volumes.abs(), histogram], dim=1).amax(dim=1)
+    contrast = HISTOGRAM * quantiles.square().mean(dim=1, keepdim=True).sqrt()
+    return torch.cat([errors, volumes.abs(), contrast], dim=1).amax(dim=1)

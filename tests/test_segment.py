@@ -14,6 +14,7 @@ from genmed.errors import GenMedError
 from genmed.hub import Card, Model, save_model
 from genmed.plan import Plan
 from genmed.space import Space, apply_matrices, overlap_matrix
+from genmed.surprise import histogram
 from genmed.tasks.segment import MATCHES, Found, attempts_at, conditional, segment
 from genmed.tasks.view import SIGMA_Y, View, noise_level, slice_profile
 from genmed.volume import Volume
@@ -47,6 +48,13 @@ def random_denoiser() -> Denoiser:
 @pytest.fixture(scope="module")
 def model() -> Model:
     return Model(plan=PLAN, denoiser=random_denoiser(), folder=None, sha256="0" * 64)
+
+
+@pytest.fixture(scope="module")
+def measured(model: Model) -> Model:
+    """It knows the histogram of clean cases."""
+    typical = (0.0,) * 4 + tuple(np.linspace(-1.5, 1.5, 9).tolist()) + (1.0,) * 13
+    return replace(model, plan=replace(PLAN, typical=typical))
 
 
 def scan(shape: tuple[int, int, int] = (10, 12, 9), affine: np.ndarray = OBLIQUE, seed: int = 0) -> Volume:
@@ -98,7 +106,7 @@ def test_a_batch_of_two_images_equals_two_single_runs(model: Model) -> None:
 
 @pytest.mark.parametrize("mode", ["auto", "conditional", *GUIDED])
 @pytest.mark.parametrize("match", ["auto", *MATCHES])
-def test_values_that_were_not_observed_cannot_change_a_byte(model: Model, mode: str, match: str) -> None:
+def test_values_that_were_not_observed_cannot_change_a_byte(measured: Model, mode: str, match: str) -> None:
     if mode in ("conditional", "joint", "joint-base") and match != "auto":
         match = "affine"
     image = scan()
@@ -106,7 +114,7 @@ def test_values_that_were_not_observed_cannot_change_a_byte(model: Model, mode: 
     hidden = np.where(observed.data > 0, image.data, np.float32(np.nan))
     wild = np.where(observed.data > 0, image.data, 1e6 * image.data[:, ::-1]).astype(np.float32)
     results = [
-        segment(model, image.like(data), mode=mode, match=match, observed=observed, samples=1)
+        segment(measured, image.like(data), mode=mode, match=match, observed=observed, samples=1)
         for data in (image.data, hidden, wild)
     ]
     for other in results[1:]:
@@ -275,8 +283,8 @@ def test_thin_slices_have_gaps_between_them() -> None:
     [
         (
             "auto", "auto", True,
-            ["conditional/none", "restore-then-condition/affine", "restore-then-condition/curve",
-             "restore-then-condition/none, widened"],
+            ["conditional/none", "conditional/rising", "conditional/falling", "restore-then-condition/affine",
+             "restore-then-condition/curve", "restore-then-condition/none, widened"],
         ),
         ("auto", "none", True, ["conditional/none"]),
         ("auto", "curve", True, ["restore-then-condition/curve"]),
@@ -321,11 +329,43 @@ def test_margins_are_never_compared_with_the_scan(affine: np.ndarray) -> None:
     assert back.abs().sum() == pytest.approx(float(wide.inside(back).abs().sum()))
 
 
-def test_a_widened_result_lies_on_the_grid_of_the_scan(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("falling", [False, True])
+def test_a_monotone_map_of_the_intensities_is_undone(falling: bool) -> None:
+    plain = View.of(PLAN, scan())
+    target = histogram(plain.image)[0]
+    map = (lambda v: 300 - 0.01 * v**2) if falling else (lambda v: 0.01 * v**2)
+    changed = View.of(PLAN, scan().like(map(scan().data)))
+    found = changed.equalised(target, falling=falling).image
+    core = (plain.image > target[0, 0]) & (plain.image < target[0, -1])
+    assert float((found - plain.image)[core].abs().max()) < 0.05
+    assert float((changed.image - plain.image)[core].abs().max()) > 0.1
+    assert torch.allclose(histogram(found)[0], target, atol=0.02)
+
+
+def test_only_seen_voxels_are_equalised() -> None:
+    whole, mask = scan(), slices_seen(scan())
+    other = whole.like(np.where(mask.data > 0, whole.data, 1e6).astype(np.float32))
+    target = torch.linspace(-1, 1, 9)[None]
+    one, two = (View.of(PLAN, of, mask).equalised(target, falling=False) for of in (whole, other))
+    assert torch.equal(one.y, two.y) and float(one.y[0, 0][~one.seen].abs().max()) == 0
+
+
+def test_a_flat_channel_is_equalised_to_something_finite() -> None:
+    view = View.of(PLAN, scan())
+    view.y[:] = 1.0
+    assert bool(view.equalised(torch.linspace(-1, 1, 9)[None], falling=False).y.isfinite().all())
+
+
+def test_a_model_without_measured_cases_cannot_equalise(model: Model) -> None:
+    with pytest.raises(GenMedError, match="has not measured clean cases"):
+        segment(replace(model, plan=replace(PLAN, typical=())), scan(), match="rising")
+
+
+def test_a_widened_result_lies_on_the_grid_of_the_scan(measured: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     from genmed.tasks import segment as module
 
-    monkeypatch.setattr(module, "surprise_of", lambda model, image, soft: 0.0 if image.shape[2] == 16 else 99.0)
-    found = segment(model, scan(), samples=2)
+    monkeypatch.setattr(module, "surprise_of", lambda model, view, image, soft: 0.0 if image.shape[2] == 16 else 99.0)
+    found = segment(measured, scan(), samples=2)
     assert found.widened and found.surprise == 0 and found.labels.grid.shape == scan().grid.shape
     assert found.image is not None and found.image.grid.shape == View.of(PLAN, scan()).space.model.shape
     assert np.array_equal(found.labels.affine, scan().affine)
@@ -345,13 +385,15 @@ def test_auto_stops_at_what_does_not_surprise_and_else_keeps_the_least_surprisin
         return Found(soft, view.image, 0.0, surprises[len(tried) - 1], mode, match)
 
     monkeypatch.setattr(module, "infer", attempt)
+    every = ["none", "rising", "falling", "affine", "curve", "none"]
     for values, expected, kept, doubtful in (
         ([0.5], ["none"], "none", False),
-        ([9.0, 1.0], ["none", "affine"], "affine", False),
-        ([9.0, 5.0, 8.0, 7.0], ["none", "affine", "curve", "none"], "affine", True),
-        ([9.0, 7.0, 8.0, 7.0], ["none", "affine", "curve", "none"], "none", True),  # hardly better: not believed
-        ([5.0, 7.0, 8.0, 7.0], ["none", "affine", "curve", "none"], "none", True),
-        ([4.5, 3.9], ["none", "affine"], "affine", False),
+        ([9.0, 1.0], ["none", "rising"], "rising", False),
+        ([9.0, 9.0, 1.0], ["none", "rising", "falling"], "falling", False),
+        ([9.0, 8.0, 9.0, 5.0, 8.0, 7.0], every, "affine", True),
+        ([9.0, 8.0, 9.0, 7.0, 8.0, 7.0], every, "none", True),  # hardly better: not believed
+        ([5.0, 8.0, 9.0, 7.0, 8.0, 7.0], every, "none", True),
+        ([4.5, 3.9], ["none", "rising"], "rising", False),
     ):
         surprises[:], tried[:] = values, []
         result = segment(model, scan())

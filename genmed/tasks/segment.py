@@ -23,7 +23,7 @@ from genmed.observe import Observation
 from genmed.plan import Plan
 from genmed.samplers import Denoise, euler, noise, schedule, seeded, time_travel
 from genmed.space import Intensity, Space
-from genmed.surprise import DRAWS, LIMIT, features, surprise
+from genmed.surprise import DRAWS, LIMIT, features, histogram, surprise, typical_histogram
 from genmed.tasks.view import View
 from genmed.tiles import tiled, tiled_logits
 from genmed.volume import Volume
@@ -39,9 +39,12 @@ MATCHES: dict[str, matches.Match] = {
     "lncc": matches.lncc(),
     "mind": matches.mind(),
     "mi": matches.mutual_information(),
+    "rising": matches.none,  # the scan's histogram is brought to that of clean cases first, by a rising map
+    "falling": matches.none,
 }
 BETTER = 2 / 3  # share of the surprise that another explanation may leave
-RIGID = ("none", "affine")
+MONOTONE = ("rising", "falling")
+RIGID = ("none", "affine", *MONOTONE)
 OTHER_MODALITY = ("affine", "curve")  # tried in this order when the image is surprising
 STEPS = 8  # noise levels of a guided trajectory
 TRAVELS = 2  # times each level of it between TRAVELLED is repeated with a flexible match, which can settle wrongly
@@ -135,7 +138,9 @@ def segment(
             about the working spacing, else restore-then-condition.
         match: how the observed appearance relates to the model's, one of `MATCHES`, or `auto`: none for a complete
             image (affine for coarse voxels, whose averaging takes contrast away) unless what is found surprises
-            the model; then those of `OTHER_MODALITY` are tried and the least surprising result is kept.
+            the model; then others are tried, and for a scan smaller than the training patches unseen surroundings
+            (`attempts_at`), and the least surprising result is kept (`least_surprising`). `rising` and `falling`
+            bring the histogram of the scan to that of clean cases, and leave a complete image complete.
         samples: how many to draw and average; default 1 (conditional) or 4.
         grid: result on the scan's own grid (`input`) or the working grid (`model`).
         observed: mask on the scan's grid; voxels where it is 0 are never looked at.
@@ -187,6 +192,8 @@ def attempts_at(view: View, mode: str, match: str) -> list[Attempt]:
     if mode == "conditional" or match != "auto":
         return [first]
     others = [Attempt(steered, other) for other in OTHER_MODALITY if (steered, other) != first[:2]]
+    if first.mode == "conditional":
+        others = [*(Attempt("conditional", other) for other in MONOTONE), *others]
     widened = [Attempt(steered, usual, widened=True)] if mode == "auto" and any(view.room) else []
     return [first, *others, *widened]
 
@@ -222,6 +229,11 @@ def infer(
     progress: Progress | None = None,
 ) -> Found:
     """Explain a scan in one way: `mode` and `match` are none of `auto` here."""
+    if match in MONOTONE:
+        if not model.plan.typical:
+            raise GenMedError(f"match {match}: model '{model.plan.name}' has not measured clean cases; train it again.")
+        target = typical_histogram(model.plan.typical, len(model.plan.channels))
+        view = view.equalised(target, falling=match == "falling")
     count = samples or (1 if mode == "conditional" else SAMPLES)
     seeds = [seed * 10_007 + number for number in range(count)]
     with torch.no_grad():
@@ -231,18 +243,21 @@ def infer(
         else:
             travels = 0 if match in RIGID else TRAVELS
             soft, image, residual = guided_pair(model, view, mode, MATCHES[match], seeds, progress, travels=travels)
-        surprising = surprise_of(model, image, soft)
+        surprising = surprise_of(model, view, image, soft)
         return Found(view.inside(soft), view.inside(image), residual, surprising, mode, match, view.widened)
 
 
 def surprise_of(
-    model: Model, image: Float[Tensor, "s c x y z"], soft: Float[Tensor, "s k x y z"]
+    model: Model, view: View, image: Float[Tensor, "s c x y z"], soft: Float[Tensor, "s k x y z"]
 ) -> float | None:
-    """Mean surprise of the samples; None if the model has not measured clean cases."""
+    """Mean surprise of the samples, by the histogram of the seen part; None if clean cases were not measured."""
     if not model.plan.typical:
         return None
     draws = 1 if image[0, 0].numel() > TILED_ABOVE else max(1, DRAWS // len(image))
     values = features(denoise_with(model, image[0, 0].numel()), model.denoiser.fields, image, soft, draws)
+    if view.widened:
+        seen = histogram(view.inside(image)).flatten(1)
+        values[:, -seen.shape[1] :] = seen
     return float(surprise(values, model.plan.typical, len(model.plan.labels) - 1).mean())
 
 

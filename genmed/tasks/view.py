@@ -15,6 +15,7 @@ from genmed.errors import GenMedError
 from genmed.observe import Identity, Observation, Resample, masked, voxels
 from genmed.plan import Plan
 from genmed.space import Intensity, Space, apply_matrices, resample_matrix
+from genmed.surprise import ENOUGH, QUANTILES
 from genmed.volume import Volume, check_image, require_3d, require_same_grid
 
 COARSE = 1.5  # voxels this much larger than the working spacing are an observation, not something to interpolate
@@ -60,6 +61,19 @@ class View:
         thin = torch.from_numpy(slice_profile(n_model, n_y, thin_mm, thin_mm * n_model / n_y)).float()
         x, y, z = (thin if number == axis else m for number, m in enumerate(self.matrices))
         return replace(self, matrices=(x, y, z), slice_thickness_mm=thin_mm)
+
+    def equalised(self, target: Float[Tensor, "c 9"], falling: bool) -> View:
+        """The same scan if its intensities are a rising (or falling) map of those that the model knows.
+
+        The map between two histograms is unique among monotone ones: it takes quantiles to quantiles (`target`:
+        `genmed.surprise.histogram` of clean cases), linear between and beyond them.
+        """
+        y = self.y.clone()
+        for channel, goal in zip(y[0], target.flip(1) if falling else target, strict=True):
+            values = channel[self.seen]
+            place = torch.quantile(_thinned(values), QUANTILES)
+            channel[self.seen] = _piecewise(values, place, goal)
+        return replace(self, y=y)
 
     def with_margins(self) -> View:
         """The same scan in the middle of a working grid as large as the training patches, its margins unseen.
@@ -174,6 +188,20 @@ def _check_extent(plan: Plan, space: Space, scan: Volume) -> None:
             f"{scan.path or 'scan'}: covers {covered} mm, but model '{plan.name}' was trained on crops of at most "
             f"{trained} mm; give --roi with a box of that size around the structure."
         )
+
+
+def _thinned(values: Float[Tensor, " n"]) -> Float[Tensor, " m"]:
+    return values[:: max(1, len(values) // ENOUGH)]
+
+
+def _piecewise(
+    x: Float[Tensor, " n"], knots: Float[Tensor, " k"], values: Float[Tensor, " k"]
+) -> Float[Tensor, " n"]:
+    """Linear interpolation between knots, in increasing order, with the slopes of the ends beyond them."""
+    knots = knots + 1e-6 * torch.arange(len(knots))  # of a flat histogram, too
+    left = torch.searchsorted(knots, x).clamp(1, len(knots) - 1) - 1
+    slope = values.diff() / knots.diff()
+    return values[left] + slope[left] * (x - knots[left])
 
 
 def _room(plan: Plan, space: Space) -> tuple[int, int, int]:
