@@ -311,7 +311,9 @@ def signed_distance(mesh: Mesh, grid: Grid, limit_mm: float = np.inf) -> Float[n
     axes = [np.arange(n) for n in grid.shape]
     index = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
     points = index @ grid.affine[:3, :3].T + grid.affine[:3, 3]
-    near = _near(mesh, grid, limit_mm)[tuple((index // BLOCK).T)] if np.isfinite(limit_mm) else np.ones(len(index), bool)
+    near = np.ones(len(index), dtype=bool)
+    if np.isfinite(limit_mm):
+        near = _near(mesh, grid, limit_mm)[tuple((index // BLOCK).T)]
     distance = np.full(len(points), limit_mm, dtype=np.float64)
     distance[near] = np.minimum(_distance(mesh, points[near]), limit_mm)
     inside = _winding(mesh, points) > 0.5

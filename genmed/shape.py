@@ -25,7 +25,11 @@ THICK = 3         # times the finest spacing: a stack of slices, which often end
 
 @dataclass(frozen=True, eq=False)
 class Shape:
-    """`sdf` holds multiples of `TRUNCATION` / `STEPS` voxels, negative inside; `origin_mm` is voxel (0, 0, 0)'s centre."""
+    """A structure in its cube.
+
+    `sdf` holds multiples of `TRUNCATION` / `STEPS` voxels, negative inside; `origin_mm` is voxel (0, 0, 0)'s
+    centre in the source's RAS mm.
+    """
 
     sdf: Int8[np.ndarray, "n n n"]
     voxel_mm: float

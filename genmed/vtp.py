@@ -32,14 +32,16 @@ def encode(vertices: np.ndarray, faces: np.ndarray) -> bytes:
     counts = {"NumberOfPoints": str(len(vertices)), "NumberOfPolys": str(len(faces))}
     piece = ElementTree.SubElement(ElementTree.SubElement(root, "PolyData"), "Piece", counts)
     points, polys = ElementTree.SubElement(piece, "Points"), ElementTree.SubElement(piece, "Polys")
-    _add(points, "Float64", "Points", vertices, NumberOfComponents="3")
+    _add(points, "Float64", "Points", vertices)
     _add(polys, "Int64", "connectivity", faces)
     _add(polys, "Int64", "offsets", 3 * np.arange(1, len(faces) + 1))
     return ElementTree.tostring(root, encoding="utf-8", xml_declaration=True)
 
 
-def _add(parent: ElementTree.Element, kind: str, name: str, values: np.ndarray, **more: str) -> None:
-    element = ElementTree.SubElement(parent, "DataArray", type=kind, Name=name, format="ascii", **more)
+def _add(parent: ElementTree.Element, kind: str, name: str, values: np.ndarray) -> None:
+    components = str(values.shape[1] if name == "Points" else 1)
+    facts = {"type": kind, "Name": name, "format": "ascii", "NumberOfComponents": components}
+    element = ElementTree.SubElement(parent, "DataArray", facts)
     element.text = " ".join(map(repr, values.ravel().tolist()))
 
 
