@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +22,12 @@ from genmed.volume import Grid
 if TYPE_CHECKING:
     import trimesh
 
+LIBRARIES = ("trimesh", "point_cloud_utils", "skimage", "fast_simplification", "pyarrow")
 MESH_SUFFIXES = (".stl", ".ply", ".obj", ".vtp")
 SAVE_SUFFIXES = (*MESH_SUFFIXES, ".glb")
 UNITS_MM = {"mm": 1.0, "cm": 10.0, "m": 1000.0}
 SMALLEST_MM, LARGEST_MM = 2.0, 3000.0  # longest extent of an anatomical surface; beyond it the unit must be wrong
-MAX_FACES = 200_000  # more is far below a voxel of 64³ and costs time only
+MAX_FACES = 50_000   # more changes distances by hundredths of a voxel of 64³ at most, and costs time
 MAX_OPEN = 0.2       # share of the surface that may be missing and is closed with flat caps
 MIN_FILLED = 1e-5    # share of the bounding cube below which a surface encloses nothing
 MAX_SPECKS = 0.05    # share of the volume that may lie in small pieces, which are then dropped
@@ -49,6 +51,12 @@ class Mesh:
     def volume_ml(self) -> float:
         """Enclosed volume by the divergence theorem; negative where faces look inward."""
         return float(_volumes(self.vertices, self.faces).sum() / 1000)
+
+
+def require_libraries() -> None:
+    """Raise `GenMedError` where a library of the extra "shapes" is missing."""
+    if missing := [name for name in LIBRARIES if find_spec(name) is None]:
+        raise GenMedError(f'shapes need {", ".join(missing)}; install it with `pip install "genmed[shapes]"`.')
 
 
 # Files ----------------------------------------------------------------------------------------------------

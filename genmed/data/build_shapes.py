@@ -34,7 +34,7 @@ from genmed.data.shape_sources import Item, find_items
 from genmed.data.shapes import INDEX
 from genmed.errors import GenMedError
 from genmed.files import write_json
-from genmed.mesh import UNITS_MM
+from genmed.mesh import UNITS_MM, require_libraries
 from genmed.shape import SIZES
 
 REQUEST, WORK = "build.json", ".work"
@@ -98,6 +98,7 @@ def build_shapes(
     holds something else.
     """
     out = Path(out).expanduser()
+    require_libraries()
     _check(sources, size, workers, unit)
     listings = [find_items(source) for source in dict.fromkeys(sources)]
     items = [item for listing in listings for item in listing.items]

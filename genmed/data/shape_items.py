@@ -22,7 +22,7 @@ from genmed.shape import Measures, Shape, measure, shape_of, surface_of
 from genmed.volume import read_labels
 
 COARSE = 8          # side of the small copy of a shape by which near duplicates are looked for
-SMALL_ORGAN = 0.1   # of the larger one: below this the second piece of a pair is no organ
+SMALL_ORGAN = 0.05  # of the larger one: below this the second piece of a pair is no organ
 FINDING_ML = 0.05   # less of a tumour or cyst is an artefact of resampling
 
 

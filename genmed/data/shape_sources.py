@@ -48,9 +48,18 @@ STRUCTURES: dict[str, tuple[Structure, ...]] = {
         Structure("left ventricular myocardium", ("MYO",)),
         Structure("left ventricle", ("LV",)),
     ),
+    "mmwhs": (
+        Structure("left ventricle", ("LV",)),
+        Structure("right ventricle", ("RV",)),
+        Structure("left atrium", ("LA",)),
+        Structure("right atrium", ("RA",)),
+        Structure("left ventricular myocardium", ("MYO",)),
+        Structure("ascending aorta", ("AO",)),
+        Structure("pulmonary artery", ("PA",)),
+    ),
     "left_atrium": (Structure("left atrium", ("left_atrium",)),),
-    "kits23": (Structure("kidney", ("kidney", "tumour", "cyst"), both=True),),
-    "kits23_kidney": (Structure("kidney", ("kidney", "tumour", "cyst"), both=True),),
+    "la2018": (Structure("left atrium", ("left atrium",)),),
+    "kits23": (Structure("kidney", ("kidney", "tumor", "cyst"), both=True),),
 }
 STRUCTURES["mscmrseg"] = STRUCTURES["mscmr_lge"] = STRUCTURES["acdc"]
 
@@ -58,8 +67,14 @@ FINDINGS: dict[str, dict[str, Facts]] = {
     # source -> value of the column "label" of its index.csv -> what it says
     "adrenal": {"0": (("mass or hyperplasia", "no"),), "1": (("mass or hyperplasia", "yes"),)},
 }
-NAMES = {"adrenal": "adrenal gland", "csf": "cerebrospinal fluid", "vdc anterior": "anterior ventral diencephalon",
-         "vdc posterior": "posterior ventral diencephalon", "5th ventricle": "fifth ventricle"}  # fmt: skip
+NAMES = {
+    "adrenal": "adrenal gland",
+    "csf": "cerebrospinal fluid",
+    "vdc anterior": "anterior ventral diencephalon",
+    "vdc posterior": "posterior ventral diencephalon",
+    "5th ventricle": "fifth ventricle",
+    "tumor": "tumour",
+}
 
 
 @dataclass(frozen=True)
@@ -171,7 +186,7 @@ def _row_items(row: Mapping[str, str], file: Path, source: str, licence: str, va
     extra = dict(pair.split("=", 1) for pair in (row.get("extra") or "").split(";") if "=" in pair)
     chosen = (int(extra["label"]),) if extra.get("label", "").isdigit() else ()
     is_map = file.suffix.lower() not in MESH_SUFFIXES and not chosen and "array" not in extra
-    parts = tuple((name, value) for name, value in values.items() if name != row["category"]) if is_map else ()
+    parts = tuple((plain(name), value) for name, value in values.items() if name != row["category"]) if is_map else ()
     both = row["side"] == "both"
     sides = ("left", "right") if both else (row["side"] if row["side"] in SIDES else "",)
     return [
@@ -216,7 +231,7 @@ def from_dataset(folder: Path) -> Listing:
             continue
         subject = groups.get(case.id) or person(dataset.name, case.id)
         for structure in structures:
-            parts = tuple((name, classes[name]) for name in structure.classes if name != structure.category)
+            parts = tuple((plain(name), classes[name]) for name in structure.classes if name != structure.category)
             for which in ("left", "right") if structure.both else (structure.side,):
                 items.append(
                     Item(

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float, Int8
 
 from genmed.errors import GenMedError
-from genmed.mesh import Mesh
+from genmed.mesh import Mesh, require_libraries
 from genmed.shape import Shape, decode
 
 INDEX, SHARDS = "index.parquet", "shards"
@@ -103,6 +103,7 @@ def _shard(path: Path) -> Any:
 
 def read_shapes(folder: str | Path) -> ShapeDataset:
     """Open a data set of shapes. Raises `GenMedError` for a folder that holds none, or an unfinished one."""
+    require_libraries()
     import pyarrow
     import pyarrow.parquet
 
