@@ -27,7 +27,7 @@ RESUME = {
     "translate": "run the same command again to go on: finished cases are skipped",
     "train": "run the same command with --resume to go on from the last checkpoint",
     "bench": "run the same command again to go on from the last checkpoint",
-    "data": "run the same command again: it goes on where it stopped, and skips finished cases",
+    "data": "run the same command again: it goes on where the download stopped, and skips finished cases and shapes",
 }
 INTERRUPTED = 130
 SHOWN = ("mode", "match", "residual", "surprise", "doubtful", "slice_thickness_mm", "seconds")  # of a finished case
