@@ -32,7 +32,7 @@ MAX_OPEN = 0.2       # share of the surface that may be missing and is closed wi
 MIN_FILLED = 1e-5    # share of the bounding cube below which a surface encloses nothing
 MAX_SPECKS = 0.05    # share of the volume that may lie in small pieces, which are then dropped
 MAX_PIECES = 3       # pieces that may be kept where none of them holds nearly everything
-BLOCK = 4            # voxels along a side of the blocks that are looked at before single voxels
+BLOCKS = (8, 4, 2)   # voxels along the sides of blocks that are looked at before single voxels, halved each time
 
 
 @dataclass(frozen=True, eq=False)
@@ -321,7 +321,7 @@ def signed_distance(mesh: Mesh, grid: Grid, limit_mm: float = np.inf) -> Float[n
     points = index @ grid.affine[:3, :3].T + grid.affine[:3, 3]
     near = np.ones(len(index), dtype=bool)
     if np.isfinite(limit_mm):
-        near = _near(mesh, grid, limit_mm)[tuple((index // BLOCK).T)]
+        near = _near(mesh, grid, limit_mm).ravel()
     distance = np.full(len(points), limit_mm, dtype=np.float64)
     distance[near] = np.minimum(_distance(mesh, points[near]), limit_mm)
     inside = _winding(mesh, points) > 0.5
@@ -329,12 +329,16 @@ def signed_distance(mesh: Mesh, grid: Grid, limit_mm: float = np.inf) -> Float[n
 
 
 def _near(mesh: Mesh, grid: Grid, limit_mm: float) -> np.ndarray:
-    """Which blocks of voxels may hold one nearer than the limit: by the triangle inequality from their middle."""
-    blocks = [np.arange(-(-n // BLOCK)) for n in grid.shape]
-    middles = np.stack(np.meshgrid(*blocks, indexing="ij"), axis=-1) * BLOCK + (BLOCK - 1) / 2
-    points = middles.reshape(-1, 3) @ grid.affine[:3, :3].T + grid.affine[:3, 3]
-    radius = np.abs(grid.affine[:3, :3] * (BLOCK - 1) / 2).sum(axis=1)
-    return (_distance(mesh, points) <= limit_mm + np.linalg.norm(radius)).reshape(middles.shape[:3])
+    """Which voxels may be nearer than the limit, by the triangle inequality from the middles of ever smaller blocks."""
+    near = np.ones([-(-n // BLOCKS[0]) for n in grid.shape], dtype=bool)
+    for block in BLOCKS:
+        index = np.argwhere(near)
+        points = (index * block + (block - 1) / 2) @ grid.affine[:3, :3].T + grid.affine[:3, 3]
+        radius_mm = np.linalg.norm(np.abs(grid.affine[:3, :3]).sum(axis=1)) * (block - 1) / 2
+        near[tuple(index.T)] = _distance(mesh, points) <= limit_mm + radius_mm
+        for axis in range(3):
+            near = near.repeat(2, axis)
+    return near[tuple(slice(n) for n in grid.shape)]
 
 
 def _distance(mesh: Mesh, points: np.ndarray) -> np.ndarray:
