@@ -27,7 +27,7 @@ RESUME = {
     "translate": "run the same command again to go on: finished cases are skipped",
     "train": "run the same command with --resume to go on from the last checkpoint",
     "bench": "run the same command again to go on from the last checkpoint",
-    "data": "run the same command again: it goes on where the download stopped, and skips converted cases",
+    "data": "run the same command again: it goes on where the download stopped, and skips finished cases and shapes",
 }
 INTERRUPTED = 130
 SHOWN = (  # of a finished case
@@ -597,6 +597,36 @@ def convert_data(
         for case, reason in outcome.failed.items():
             typer.echo(f"  {case}: {reason}", err=True)
         raise typer.Exit(1)
+
+
+@data_app.command("build-shapes")
+def build_shapes(
+    sources: Annotated[
+        list[Path],
+        typer.Argument(metavar="SOURCE...", help="Folders of surfaces or label maps, MedShapeNet downloads included."),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the data set of shapes.")],
+    size: Annotated[int, typer.Option(help="Voxels along a side: 32, 64 or 128.")] = 64,
+    workers: Annotated[int, typer.Option(metavar="N", help="Processes on this machine.")] = 1,
+    ray: Annotated[bool, typer.Option("--ray", help="Use a Ray cluster (RAY_ADDRESS) instead.")] = False,
+    unseen: Annotated[
+        list[str] | None, typer.Option(metavar="CATEGORY", help="Keep a category wholly out of training; repeatable.")
+    ] = None,
+    unit: Annotated[str, typer.Option(help="Unit of surface files: mm, cm or m.")] = "mm",
+    seed: Annotated[int, typer.Option(help="Seed of the division into train, tune and report.")] = 0,
+) -> None:
+    """Build a data set of shapes with captions from surfaces and label maps.
+
+    Writes signed distances, an index with captions and measures, a card, thumbnails, and reasons.csv, which says what
+    was left out. The same command goes on where it stopped; bad files do not stop it.
+    """
+    from genmed.data.build_shapes import build_shapes as run
+
+    outcome = run(sources, out, size, workers, ray, unseen or (), unit, seed, _command_line())
+    before = ", built before" if outcome.finished_before else ""
+    reasons = outcome.folder / "reasons.csv"
+    typer.echo(f"{outcome.shapes} shapes{before}; {outcome.left_out} left out, {reasons} says why")
+    typer.echo(str(outcome.folder))
 
 
 # Arguments and output -------------------------------------------------------------------------------------

@@ -1,0 +1,404 @@
+"""The builder end to end, on surfaces and label maps made here."""
+
+import csv
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from test_mesh import ball, together
+from test_shape import ellipsoid_mask
+from typer.testing import CliRunner
+
+from genmed.cli import app
+from genmed.data import build_shapes as building
+from genmed.data.build_shapes import build_shapes
+from genmed.data.shape_items import Record, build, read_record, record_path, write_record
+from genmed.data.shape_set import correlation, divide, duplicates, from_front, implausible
+from genmed.data.shape_sources import Item, find_items
+from genmed.data.shapes import read_shapes
+from genmed.errors import GenMedError
+from genmed.mesh import Mesh, save_mesh
+from genmed.shape import shape_of
+
+
+def stretched(x: float, y: float, z: float, radius_mm: float = 30.0) -> Mesh:
+    mesh = ball(radius_mm, detail=2)
+    return Mesh(mesh.vertices * [x, y, z], mesh.faces)
+
+
+def livers(folder: Path, count: int = 12) -> Path:
+    """MedShapeNet-like: differently stretched balls of growing volume."""
+    for k in range(count):
+        save_mesh(stretched(1 + 0.05 * k, 1, 0.7), folder / f"{k:06d}_liver.stl")
+    return folder
+
+
+def reasons(folder: Path) -> list[dict[str, str]]:
+    with (folder / "reasons.csv").open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("shapes")
+    source = livers(root / "set")
+    save_mesh(stretched(1, 1, 2), source / "000003_spleen.stl")
+    save_mesh(stretched(1, 1, 0.7), source / "000050_liver.stl")  # the first one again
+    (source / "000051_liver.stl").write_bytes(b"not a surface")
+    save_mesh(together(*(ball(at=(30 * k, 0, 0)) for k in range(4))), source / "000052_liver.stl")
+    save_mesh(ball(0.05), source / "000053_liver.stl")
+    save_mesh(stretched(4, 4, 4), source / "000054_liver.stl")
+    build_shapes([source], root / "out", size=32, workers=2, unseen=["Spleen"])
+    return root / "out"
+
+
+def test_every_good_shape_is_there_and_every_other_has_a_reason(built: Path) -> None:
+    shapes = read_shapes(built)
+    assert len(shapes) == 14 and shapes.size == 32 and len(set(shapes.ids)) == 14
+    why = {Path(row["path"]).name: row["reason"] for row in reasons(built) if row["kept"] == "no"}
+    assert sorted(why) == ["000050_liver.stl", "000051_liver.stl", "000052_liver.stl", "000053_liver.stl"]
+    assert why["000050_liver.stl"] == "the same shape as MedShapeNet-000000_liver-liver"
+    assert "no triangles" in why["000051_liver.stl"] and "4 pieces" in why["000052_liver.stl"]
+    assert "metres" in why["000053_liver.stl"]
+    flagged = [row.id for row in shapes.rows if row.flag]
+    assert flagged == ["MedShapeNet-000054_liver-liver"]
+
+
+def test_distances_and_meshes_are_those_of_the_source(built: Path) -> None:
+    shapes = read_shapes(built)
+    for k in (0, 11):
+        mesh = stretched(1 + 0.05 * k, 1, 0.7)
+        i = shapes.ids.index(f"MedShapeNet-{k:06d}_liver-liver")
+        np.testing.assert_allclose(shapes.sdf(i), shape_of(mesh, 32).distance, atol=0.04)
+        assert shapes.rows[i].volume_ml == pytest.approx(mesh.volume_ml, rel=1e-4)
+        low = shapes.to_mesh(i).vertices.min(axis=0)
+        np.testing.assert_allclose(low, mesh.vertices.min(axis=0), atol=1.0)
+        assert shapes.sdf(i).dtype == np.float32 and isinstance(shapes.stored(i).base, np.memmap)
+
+
+def test_parts_hold_persons_apart_and_unseen_categories_out(built: Path) -> None:
+    shapes = read_shapes(built)
+    parts = Counter(row.part for row in shapes.rows)
+    assert parts.keys() == {"train", "tune", "report", "unseen"} and parts["unseen"] == 1
+    assert [shapes.rows[i].category for i in shapes.part("unseen")] == ["spleen"]
+    part_of = {row.subject: row.part for row in shapes.rows if row.part != "unseen"}
+    assert all(part_of[row.subject] == row.part for row in shapes.rows if row.part != "unseen")
+
+
+def test_words_compare_with_training_shapes_alone(built: Path) -> None:
+    shapes = read_shapes(built)
+    volumes = [row.volume_ml for row in shapes.rows if row.part == "train"]
+    low, high = np.quantile(volumes, [1 / 3, 2 / 3])
+    for row in shapes.rows:
+        if row.category == "liver":
+            word = "small" if row.volume_ml < low else "medium-sized" if row.volume_ml < high else "large"
+            assert f"{word} liver" in row.captions[2]
+        else:
+            assert not any(word in " ".join(row.captions) for word in ("small", "large", "medium"))
+
+
+def test_the_card_counts_what_the_index_holds(built: Path) -> None:
+    text = (built / "card.md").read_text()
+    rows = read_shapes(built).rows
+    parts = [row.part for row in rows if row.category == "liver"]
+    counts = [parts.count(part) for part in ("train", "tune", "report", "unseen")]
+    assert f"| liver | MedShapeNet | {' | '.join(map(str, counts))} |" in text
+    assert "14 shapes of 2 categories" in text and "see MedShapeNet" in text
+    assert (built / "thumbnails.png").read_bytes().startswith(b"\x89PNG")
+    assert not (built / ".work").exists() and not list(built.rglob("*.part"))
+
+
+def test_a_finished_folder_is_left_alone_and_another_request_refused(built: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in built.rglob("*")}
+    source = json.loads((built / "build.json").read_text())["sources"]
+    again = build_shapes(source, built, size=32, unseen=["spleen"])
+    assert again.finished_before and (again.shapes, again.left_out) == (14, 4)
+    assert {path: path.stat().st_mtime_ns for path in built.rglob("*")} == before
+    with pytest.raises(GenMedError, match="holds something else"):
+        build_shapes(source, built, size=64)
+
+
+def test_the_same_input_gives_the_same_bytes(built: Path, tmp_path: Path) -> None:
+    source = json.loads((built / "build.json").read_text())["sources"]
+    build_shapes(source, tmp_path / "again", size=32, workers=1, unseen=["spleen"])
+    for name in ("index.parquet", "shards/0000.npy", "reasons.csv", "thumbnails.png", "card.md"):
+        assert (built / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
+
+
+# Restart, crashes, Ctrl-C
+
+
+def test_killed_builds_go_on_and_lose_at_most_what_was_in_progress(tmp_path: Path) -> None:
+    source = livers(tmp_path / "set", 40)
+    command = [sys.executable, "-m", "genmed.cli", "data", "build-shapes", str(source), "--out", str(tmp_path / "out"),
+               "--size", "32"]  # fmt: skip
+    run = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    try:
+        done = _wait_for_records(tmp_path / "out", run)
+    finally:
+        run.kill()
+        run.wait()
+    assert not (tmp_path / "out" / "index.parquet").exists()
+    dates = {path: path.stat().st_mtime_ns for path in done}
+    seen: dict[Path, int] = {}
+    real = building.read_record
+
+    def noted(path: Path) -> Record:
+        seen[path] = path.stat().st_mtime_ns
+        return real(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(building, "read_record", noted)
+        outcome = build_shapes([source], tmp_path / "out", size=32)
+    assert outcome.shapes == 40
+    assert dates.items() <= seen.items()  # none of them was built again
+
+
+def test_ctrl_c_ends_cleanly(tmp_path: Path) -> None:
+    source = livers(tmp_path / "set", 200)
+    command = [sys.executable, "-m", "genmed.cli", "data", "build-shapes", str(source), "--out", str(tmp_path / "out")]
+    run = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background job ignores it
+    )
+    try:
+        _wait_for_records(tmp_path / "out", run)
+        os.killpg(run.pid, signal.SIGINT)
+        message = run.communicate(timeout=60)[1]
+    finally:
+        run.kill()
+    assert run.returncode == 130 and message.splitlines()[-1].startswith("genmed: interrupted; run the same command")
+    assert "Traceback" not in message
+
+
+def _wait_for_records(out: Path, run: subprocess.Popen[str] | subprocess.Popen[bytes]) -> list[Path]:
+    for _ in range(600):
+        done = list((out / ".work").rglob("[0-9a-f]*.npz"))
+        if len(done) >= 3 or run.poll() is not None:
+            break
+        time.sleep(0.1)
+    assert len(done) >= 3 and run.poll() is None
+    return done
+
+
+def test_an_item_that_ends_its_process_is_left_out(tmp_path: Path) -> None:
+    """A worker that dies takes neither the build nor its neighbours with it."""
+    source = livers(tmp_path / "set", 7)
+    items = find_items(source).items
+    tasks = [building.Task(item, record_path(tmp_path / "work", item, 32, "mm"), 32, "mm") for item in items]
+    deadly = replace(tasks[3], size=-1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
+        mortal = [Mortal(**task.__dict__) for task in [*tasks[:3], deadly, *tasks[4:]]]
+        done = sum(building._with_processes(mortal, 2))
+    assert done == 7
+    told = [read_record(task.record).reason for task in tasks]
+    assert told[3] == building.CRASHED and told[:3] + told[4:] == [""] * 6
+
+
+class Mortal(building.Task):
+    """Size -1 ends the process, as broken compiled code would."""
+
+    def run(self) -> None:
+        if self.size < 0:
+            self.mark.parent.mkdir(parents=True, exist_ok=True)
+            self.mark.touch()
+            os._exit(11)
+        super().run()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra 'cluster'")
+def test_ray_builds_the_same(built: Path, tmp_path: Path) -> None:
+    source = json.loads((built / "build.json").read_text())["sources"]
+    build_shapes(source, tmp_path / "out", size=32, ray=True, workers=1, unseen=["spleen"])
+    for name in ("index.parquet", "shards/0000.npy"):
+        assert (built / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+# Label maps
+
+
+def item(path: Path, side: str = "", both: bool = False, parts: tuple[tuple[str, int], ...] = ()) -> Item:
+    return Item("s", path, "kidney", side, "p", both=both, parts=parts)
+
+
+def kidneys(path: Path, affine: np.ndarray, missing: str = "") -> Path:
+    """A small right and a large left kidney with a tumour, in an array whose axes the affine names."""
+    labels = np.zeros((60, 40, 40), np.uint8)
+    organ = ellipsoid_mask((8, 6, 10), (1, 1, 1)).astype(np.uint8)
+    x, y, z = organ.shape
+    flipped = affine[0, 0] < 0
+    for side, start, grown in (("left", 2, True), ("right", 60 - 2 - x, False)):
+        if side != missing:
+            region = labels[start : start + x, 5 : 5 + y, 5 : 5 + z]
+            region[:] = np.where(organ, 1, 0)
+            if grown:
+                region[8:12, 6:12, 6:14][organ[8:12, 6:12, 6:14] > 0] = 2
+    nib.Nifti1Image(labels[::-1] if flipped else labels, affine).to_filename(path)
+    return path
+
+
+@pytest.mark.parametrize("affine", [np.eye(4), np.diag([-1.0, 1, 1, 1])], ids=["ras", "las"])
+def test_a_pair_of_organs_is_told_apart_whatever_the_axes(tmp_path: Path, affine: np.ndarray) -> None:
+    path = kidneys(tmp_path / "k.nii.gz", affine)
+    left, right = (build(item(path, side, True, (("tumour", 2),)), 32) for side in ("left", "right"))
+    assert left.shape is not None and right.shape is not None
+    assert left.shape.to_mesh().vertices[:, 0].max() < right.shape.to_mesh().vertices[:, 0].min()
+    assert (dict(left.facts)["tumour"], dict(right.facts)["tumour"]) == ("yes", "no")
+    labels = np.asarray(nib.load(path).dataobj)
+    assert float(dict(left.facts)["tumour_ml"]) == pytest.approx((labels == 2).sum() / 1000, abs=1e-3)
+
+
+def test_a_single_organ_is_on_the_side_where_it_is(tmp_path: Path) -> None:
+    path = kidneys(tmp_path / "k.nii.gz", np.eye(4), missing="left")
+    assert build(item(path, "left", True), 32).reason == "there is no left kidney."
+    assert build(item(path, "right", True), 32).reason == ""
+
+
+def test_reasons_of_bad_label_maps_are_one_line(tmp_path: Path) -> None:
+    labels = np.zeros((20, 20, 20), np.uint8)
+    labels[5:12, 5:12, :9] = 1
+    nib.Nifti1Image(labels, np.eye(4)).to_filename(tmp_path / "cut.nii.gz")
+    (tmp_path / "broken.nii.gz").write_bytes(b"gzip?")
+    assert "cut off" in build(item(tmp_path / "cut.nii.gz"), 32).reason
+    assert "empty" in build(replace(item(tmp_path / "cut.nii.gz"), values=(7,)), 32).reason
+    for name in ("broken.nii.gz", "missing.nii.gz"):
+        reason = build(item(tmp_path / name), 32).reason
+        assert reason and "\n" not in reason
+
+
+def test_records_come_back(tmp_path: Path) -> None:
+    save_mesh(ball(), tmp_path / "a.stl")
+    made = build(item(tmp_path / "a.stl"), 32)
+    write_record(tmp_path / "r.npz", made)
+    record = read_record(tmp_path / "r.npz")
+    assert made.shape is not None and record.measures == made.measures
+    np.testing.assert_array_equal(record.sdf(), made.shape.sdf)
+    assert (record.voxel_mm, record.origin_mm, record.reason) == (made.shape.voxel_mm, made.shape.origin_mm, "")
+
+
+def test_a_changed_file_is_built_again(tmp_path: Path) -> None:
+    path = save_mesh(ball(), tmp_path / "a.stl")
+    first = record_path(tmp_path, item(path), 32, "mm")
+    assert first == record_path(tmp_path, item(path), 32, "mm") != record_path(tmp_path, item(path), 64, "mm")
+    save_mesh(ball(12.0), path)
+    assert record_path(tmp_path, item(path), 32, "mm") != first
+
+
+# Quality
+
+
+def records(tmp_path: Path, *meshes: Mesh) -> list[tuple[Item, Record]]:
+    made = []
+    for k, mesh in enumerate(meshes):
+        path = save_mesh(mesh, tmp_path / f"{k}.ply")
+        write_record(tmp_path / f"{k}.npz", build(item(path), 32))
+        made.append((item(path), read_record(tmp_path / f"{k}.npz")))
+    return made
+
+
+def test_duplicates_are_equal_shapes_of_equal_size_and_nothing_else(tmp_path: Path) -> None:
+    mesh = stretched(1, 0.8, 0.6)
+    noise = np.random.default_rng(0).normal(0, 0.02, mesh.vertices.shape)
+    moved = Mesh(mesh.vertices + np.array([300, 20, -7]), mesh.faces)
+    shaken = Mesh(mesh.vertices + noise, mesh.faces)
+    larger = Mesh(mesh.vertices * 1.05, mesh.faces)
+    mirrored = Mesh(mesh.vertices[:, [1, 0, 2]], mesh.faces[:, ::-1])
+    same = duplicates(records(tmp_path, mesh, moved, shaken, larger, mirrored))
+    assert same == {1: 0, 2: 0}
+
+
+def test_the_empty_space_around_shapes_does_not_make_them_alike(tmp_path: Path) -> None:
+    (_, thin), (_, other) = records(tmp_path, stretched(0.3, 0.3, 2), stretched(0.4, 0.3, 2))
+    whole = np.corrcoef(thin.sdf().ravel(), other.sdf().ravel())[0, 1]
+    assert correlation(thin.sdf(), other.sdf()) < whole and correlation(thin.sdf(), thin.sdf()) == pytest.approx(1)
+
+
+def test_far_volumes_are_flagged(tmp_path: Path) -> None:
+    meshes = [stretched(1, 1, 1 + 0.02 * k) for k in range(7)]
+    flags = implausible(records(tmp_path, *meshes, stretched(2, 2, 2)))
+    assert list(flags) == [7] and "far from the median" in flags[7]
+
+
+def test_own_splits_are_kept_and_small_sources_are_not_divided() -> None:
+    given = ("train", "report", "tune")
+    own = [Item("own", Path(f"{k}"), "liver", "", f"p{k}", part=part) for k, part in enumerate(given)]
+    few = [Item("few", Path(f"{k}"), "liver", "", f"p{k}") for k in range(2)]
+    many = [Item("many", Path(f"{k}"), "liver", "", f"p{k // 2}") for k in range(100)]
+    parts, notes = divide([*own, *few, *many], [], 0)
+    assert parts[:5] == ["train", "report", "tune", "train", "train"] and notes[0].startswith("few has 2 subjects")
+    assert Counter(parts[5:]) == {"train": 68, "tune": 10, "report": 22}
+    assert all(parts[5 + k] == parts[6 + k] for k in range(0, 100, 2))
+
+
+def test_thumbnails_look_at_the_front_with_the_right_on_the_left() -> None:
+    distance = np.full((16, 16, 16), 4.0)
+    distance[11:14, 4:8, 12:15] = -1  # to the right and up
+    picture = from_front(distance)
+    rows, columns = np.nonzero(picture < 1)
+    assert rows.max() < 4 and columns.max() < 5
+
+
+# Command line
+
+
+def test_the_command_builds_and_says_where_reasons_are(tmp_path: Path) -> None:
+    source, out = livers(tmp_path / "set", 2), tmp_path / "out"
+    result = CliRunner().invoke(app, ["data", "build-shapes", str(source), "--out", str(out), "--size", "32"])
+    assert result.exit_code == 0, result.output
+    assert result.output.splitlines()[0] == f"2 shapes; 0 left out, {tmp_path / 'out' / 'reasons.csv'} says why"
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [(["--size", "50"], "--size 50"), (["--workers", "0"], "--workers 0"), (["--unit", "inch"], "--unit inch"),
+     (["--unseen", "liverr"], "no shape is a 'liverr'; there are liver")],
+)  # fmt: skip
+def test_bad_options_end_with_2_and_leave_nothing(tmp_path: Path, options: list[str], line: str) -> None:
+    source = livers(tmp_path / "set", 1)
+    result = CliRunner().invoke(app, ["data", "build-shapes", str(source), "--out", str(tmp_path / "out"), *options])
+    assert result.exit_code == 2 and line in result.output and not (tmp_path / "out").exists()
+
+
+def test_a_source_of_bad_files_only_says_so(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/000001_liver.stl").write_bytes(b"")
+    with pytest.raises(GenMedError, match=r"reasons\.csv: no shape is left"):
+        build_shapes([tmp_path / "set"], tmp_path / "out", size=32)
+    assert len(reasons(tmp_path / "out")) == 1
+
+
+def test_folders_without_shapes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(GenMedError, match="holds no index"):
+        read_shapes(tmp_path)
+    (tmp_path / "index.parquet").write_bytes(b"no")
+    with pytest.raises(GenMedError, match="not an index of shapes"):
+        read_shapes(tmp_path)
+
+
+@pytest.mark.skipif("GENMED_DATA" not in os.environ, reason="needs public data in GENMED_DATA")
+def test_known_organs_have_their_known_sizes() -> None:
+    root = Path(os.environ["GENMED_DATA"])
+    chosen = {item.name: item for name in ("kits23_kidney", "femur") for item in find_items(root / name).items}
+    left = build(chosen["kits23_kidney-case_00000-kidney-left"], 64)
+    right = build(chosen["kits23_kidney-case_00000-kidney-right"], 64)
+    femur = build(chosen["femur-femur_00-femur-right"], 64)
+    assert left.measures and right.measures and femur.measures
+    assert left.measures.volume_ml == pytest.approx(172.21, rel=0.01)   # columns of the sets' own index.csv
+    assert right.measures.volume_ml == pytest.approx(198.98, rel=0.01)
+    assert (dict(left.facts)["tumour"], dict(right.facts)["tumour"]) == ("no", "yes")
+    assert femur.measures.volume_ml == pytest.approx(596.41, rel=1e-3)
+    assert femur.measures.extent_mm == pytest.approx(485.5, rel=1e-3)

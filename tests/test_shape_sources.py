@@ -1,0 +1,144 @@
+"""Source folders in every layout, made here; surfaces in them are never opened."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from genmed.data.shape_sources import find_items, plain, sided
+from genmed.errors import GenMedError
+
+
+def touch(path: Path, text: str = "") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def names(folder: Path) -> list[tuple[str, str, str, str]]:
+    return [(item.source, item.subject, item.category, item.side) for item in find_items(folder).items]
+
+
+def test_medshapenet_as_its_api_leaves_it(tmp_path: Path) -> None:
+    for name in ("FLARE/000001_liver.stl", "FLARE/000001_kidney_left.stl", "KITS/000001_kidney_tumor.stl"):
+        touch(tmp_path / "medshapenetcore" / name)
+    touch(tmp_path / "medshapenetcore/FLARE/FLARE_licence.txt", "Licence: CC BY 4.0 (https://...)")
+    touch(tmp_path / "medshapenetcore/FLARE/FLARE_cite.txt", "Please cite")
+    assert names(tmp_path) == [
+        ("MedShapeNet FLARE", "000001", "kidney", "left"),
+        ("MedShapeNet FLARE", "000001", "liver", ""),
+        ("MedShapeNet KITS", "000001", "kidney tumor", ""),
+    ]
+    assert [item.licence for item in find_items(tmp_path).items] == ["CC BY 4.0", "CC BY 4.0", "see MedShapeNet"]
+
+
+def test_medshapenet_as_its_link_list_leaves_it(tmp_path: Path) -> None:
+    files = ("s0238_femur_right.nii.g_1.stl", "s0677_vertebrae_L3.nii.g_1.stl", "000000_tumoredbrain.stl", "odd.stl")
+    for name in files:
+        touch(tmp_path / name)
+    listing = find_items(tmp_path)
+    assert names(tmp_path) == [
+        ("MedShapeNet", "000000", "tumoredbrain", ""),
+        ("MedShapeNet TotalSegmentator", "s0238", "femur", "right"),
+        ("MedShapeNet TotalSegmentator", "s0677", "vertebra L3", ""),
+    ]
+    assert [(path.name, reason[:9]) for path, reason in listing.left_out] == [("odd.stl", "not named")]
+    assert listing.items[1].licence == "CC BY 4.0"
+
+
+def test_plain_folders_of_surfaces(tmp_path: Path) -> None:
+    for name in ("bones/Left Femur/a.ply", "bones/Left Femur/b.VTP", "bones/skull/c_right.obj"):
+        touch(tmp_path / name)
+    found = names(tmp_path / "bones")
+    assert found == [("bones", "a", "femur", "left"), ("bones", "b", "femur", "left"), ("bones", "c", "skull", "right")]
+    assert names(tmp_path / "bones" / "Left Femur")[0] == ("Left Femur", "a", "femur", "left")
+
+
+def index(folder: Path, rows: str, **described: object) -> None:
+    touch(folder / "index.csv", "path,category,side,subject,extra,split,index,label\n" + rows)
+    touch(folder / "dataset.json", json.dumps({"name": folder.name, "licence": "CC0", **described}))
+
+
+def test_an_index_of_label_maps_names_values_or_takes_all(tmp_path: Path) -> None:
+    rows = "m/1.nii.gz,Caudate,left,p1,label=9;shifted,,,9\n"
+    rows += "m/2.nii.gz,kidney,both,p2,,,,\nm/3.nii.gz,kidney,joined,p3,,,,\n"
+    index(tmp_path / "set", rows, labels={"background": 0, "kidney": 1, "tumour": 2, "cyst": 3})
+    listing = find_items(tmp_path / "set")
+    caudate, left, right = listing.items
+    assert (caudate.category, caudate.values, caudate.parts, caudate.both) == ("caudate", (9,), (), False)
+    assert (left.side, right.side, left.values, left.both) == ("left", "right", (), True)
+    assert left.parts == (("tumour", 2), ("cyst", 3)) and left.licence == "CC0"
+    assert [reason for _, reason in listing.left_out] == ["side 'joined': not one structure"]
+
+
+def test_an_index_of_arrays_keeps_its_split_and_reports_on_its_validation_part(tmp_path: Path) -> None:
+    rows = "".join(f"a.npz,adrenal,unknown,t{k:02d},array=train_images,train,{k},{k % 2}\n" for k in range(30))
+    rows += "".join(f"a.npz,adrenal,unknown,v{k},array=val_images,val,{k},1\n" for k in range(4))
+    index(tmp_path / "adrenal", rows)
+    items = find_items(tmp_path / "adrenal").items
+    assert [sum(item.part == part for item in items) for part in ("train", "tune", "report")] == [27, 3, 4]
+    assert all((item.part == "report") == (item.array == "val_images") for item in items)
+    assert items[1].facts == (("mass or hyperplasia", "yes"),) and items[1].index == 1
+    assert items[0].category == "adrenal gland" and items[0].side == ""
+
+
+def test_a_data_set_gives_a_shape_per_class(tmp_path: Path) -> None:
+    touch(tmp_path / "labelsTr/c1.nii.gz")
+    touch(tmp_path / "imagesTr/c1_0000.nii.gz")
+    labels = {"background": 0, "kidney_left": 1, "heart_atrium_right": 2, "CSF": 3}
+    about = {"channel_names": {"0": "CT"}, "labels": labels, "file_ending": ".nii.gz", "numTraining": 1, "name": "x"}
+    touch(tmp_path / "dataset.json", json.dumps(about))
+    found = [(item.category, item.side, item.values) for item in find_items(tmp_path).items]
+    assert found == [("cerebrospinal fluid", "", (3,)), ("heart atrium", "right", (2,)), ("kidney", "left", (1,))]
+
+
+def test_known_data_sets_give_unions_and_persons(tmp_path: Path) -> None:
+    for case in ("hippocampus_001", "hippocampus_002", "hippocampus_003"):
+        touch(tmp_path / f"labelsTr/{case}.nii.gz")
+        touch(tmp_path / f"imagesTr/{case}.nii.gz")
+    rows = [{"image": f"imagesTr/hippocampus_{k:03d}.nii.gz", "label": f"labelsTr/hippocampus_{k:03d}.nii.gz"}
+            for k in (1, 2, 3)]  # fmt: skip
+    labels = {"0": "background", "1": "Anterior", "2": "Posterior"}
+    about = {"name": "Hippocampus", "modality": {"0": "MRI"}, "training": rows, "labels": labels}
+    touch(tmp_path / "dataset.json", json.dumps(about))
+    items = find_items(tmp_path).items
+    assert {(item.category, item.values) for item in items} == {
+        ("hippocampus", (1, 2)), ("anterior hippocampus", (1,)), ("posterior hippocampus", (2,)),
+    }  # fmt: skip
+    assert [item.subject for item in items if item.category == "hippocampus"] == ["person_001"] * 2 + ["person_002"]
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [("femur_right", ("femur", "right")), ("Left Lung", ("Lung", "left")), ("left", ("left", "")),
+     ("left_right_thing", ("left right thing", "")), ("Brainstem", ("Brainstem", ""))],
+)  # fmt: skip
+def test_sides_are_found_in_names(name: str, answer: tuple[str, str]) -> None:
+    assert sided(name) == answer
+
+
+def test_categories_are_plain_words() -> None:
+    assert plain("Inferior_Horn of the Lateral Ventricle") == "inferior horn of the lateral ventricle"
+    assert plain("vertebrae_L3") == "vertebra L3" and plain("HCP") == "HCP"
+
+
+def test_bad_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(GenMedError, match="holds no shapes"):
+        find_items(tmp_path)
+    with pytest.raises(GenMedError, match="not a folder"):
+        find_items(tmp_path / "missing")
+    touch(tmp_path / "index.csv", "file,organ\na,b\n")
+    with pytest.raises(GenMedError, match="needs the columns path, category, side, subject"):
+        find_items(tmp_path)
+
+
+@pytest.mark.skipif("GENMED_DATA" not in os.environ, reason="needs public data in GENMED_DATA")
+@pytest.mark.parametrize(
+    ("name", "items", "subjects"),
+    [("subcortical", 2555, 80), ("kits23_kidney", 789, 399), ("adrenal", 1286, 1286), ("femur", 40, 40),
+     ("left_atrium", 80, 56), ("Task04_Hippocampus", 645, 139), ("acdc", 480, 80)],
+)  # fmt: skip
+def test_public_sets_are_listed_in_full(name: str, items: int, subjects: int) -> None:
+    listing = find_items(Path(os.environ["GENMED_DATA"]) / name)
+    assert (len(listing.items), len({item.subject for item in listing.items})) == (items, subjects)
+    assert all(item.path.is_file() for item in listing.items)
