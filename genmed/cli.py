@@ -384,6 +384,25 @@ def _report_failures(outcome: Outcome) -> None:
         raise typer.Exit(1)
 
 
+@app.command()
+def view(
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", help="Meshes (STL, PLY, OBJ; in mm) and label maps, 1 to 12.")
+    ],
+    out: Annotated[Path, typer.Option(help="The page, an .html file.")],
+    truth: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Full shape: a ghost in every column, and the figures' measure.")
+    ] = None,
+) -> None:
+    """Write one HTML page that shows shapes side by side in 3D, turned together.
+
+    The page needs no network and no other file. With a truth, it tells Dice, Chamfer and UHD of every shape.
+    """
+    from genmed.tasks.compare import compare_files
+
+    typer.echo(str(compare_files(files, out, truth)))
+
+
 @app.command("eval")
 def evaluate(
     predictions: Annotated[Path, typer.Argument(help="Folder of label maps ID.nii.gz.")],

@@ -1,0 +1,52 @@
+/*! GenMed's comparison page, Apache-2.0, no third-party code. Sources 21cae9c268c0b570fffa10acb478f5e5357aef55ae283f952985d63f7e405484 in viewer/src. */
+(function(){async function e(e){let i=await t(e.data),a=6*e.vertices,o=a+12*e.triangles,s=Uint16Array.from(n(i.subarray(0,a),2,65535)),c=n(i.subarray(a,o),4,4294967295);return{positions:s,triangles:c,classes:e.classes?i.slice(o):new Uint8Array(e.vertices).fill(255),normals:r(s,c)}}async function t(e){let t=Uint8Array.from(atob(e),e=>e.charCodeAt(0)),n=new Blob([t]).stream().pipeThrough(new DecompressionStream(`deflate`));return new Uint8Array(await new Response(n).arrayBuffer())}function n(e,t,n){let r=e.length/t,i=r/3,a=new Uint32Array(r);for(let o=0;o<3;o++){let s=0;for(let c=0;c<i;c++){let l=0;for(let n=0;n<t;n++)l|=e[n*r+o*i+c]<<8*n;s=s+l&n,a[3*c+o]=s}}return a}function r(e,t){let n=new Float32Array(e.length);for(let r=0;r<t.length;r+=3){let o=[3*t[r],3*t[r+1],3*t[r+2]],[s,c,l]=o.map(t=>[e[t],e[t+1],e[t+2]]),u=a(i(c,s),i(l,s));for(let e of o)for(let t=0;t<3;t++)n[e+t]+=u[t]}let r=new Int8Array(e.length);for(let e=0;e<n.length;e+=3){let t=Math.hypot(n[e],n[e+1],n[e+2])||1;for(let i=0;i<3;i++)r[e+i]=Math.round(127*n[e+i]/t)}return r}function i(e,t){return[e[0]-t[0],e[1]-t[1],e[2]-t[2]]}function a(e,t){return[e[1]*t[2]-e[2]*t[1],e[2]*t[0]-e[0]*t[2],e[0]*t[1]-e[1]*t[0]]}function o(e,t){return e[0]*t[0]+e[1]*t[1]+e[2]*t[2]}var s={turn:30,tilt:15,zoom:1},c=12*Math.PI/180,l=10,u=.5,d=1.15,f={least:.4,most:12};function p(e,t){e.turn=((e.turn+(t.turn??0))%360+360)%360,e.tilt=Math.min(90,Math.max(-90,e.tilt+(t.tilt??0))),e.zoom=Math.min(f.most,Math.max(f.least,e.zoom*(t.zoom??1)))}function m(e){let t=Math.round(100*e.zoom);return`turned ${Math.round(e.turn)}°, tilted ${Math.round(e.tilt)}°, zoom ${t} %`}function h(e){let[t,n]=[e.turn,e.tilt].map(e=>e*Math.PI/180),r=[Math.cos(n)*Math.sin(t),Math.cos(n)*Math.cos(t),Math.sin(n)],i=[-Math.cos(t),Math.sin(t),0];return[i,a(r,i),r]}function g(e){return e/Math.sin(c)}function _(e,t,n,r){let[i,a,s]=h(e),l=g(n),[u,d]=[l-3*n,l+3*n],f=e.zoom/Math.tan(c),p=r<1?f:f/r,m=r<1?f*r:f,_=(d+u)/(u-d),v=new Float32Array(16);for(let e=0;e<3;e++)v.set([p*i[e],m*a[e],_*s[e],-s[e]],4*e);let y=-o(s,t)-l;return v.set([-p*o(i,t),-m*o(a,t),_*y+2*d*u/(u-d),-y],12),v}function v(e,t,n){let r=new Map,i=()=>{let[e,t]=[...r.values()];return e&&t?Math.hypot(e.clientX-t.clientX,e.clientY-t.clientY):0};e.addEventListener(`pointerdown`,t=>{e.setPointerCapture(t.pointerId),e.focus({preventScroll:!0}),r.set(t.pointerId,t)}),e.addEventListener(`pointermove`,e=>{let a=r.get(e.pointerId);if(!a)return;let o=i();if(r.set(e.pointerId,e),r.size===1){let[n,r]=[e.clientX-a.clientX,e.clientY-a.clientY];p(t,{turn:u*n,tilt:u*r})}else o>0&&p(t,{zoom:i()/o});n()});for(let t of[`pointerup`,`pointercancel`])e.addEventListener(t,e=>r.delete(e.pointerId));e.addEventListener(`wheel`,r=>{(document.activeElement===e||r.ctrlKey)&&(r.preventDefault(),p(t,{zoom:Math.exp(-r.deltaY/600)}),n())},{passive:!1}),e.addEventListener(`keydown`,e=>{e.ctrlKey||e.metaKey||e.altKey||!y(t,e.key)||(e.preventDefault(),n())})}function y(e,t){if(t===`ArrowLeft`)p(e,{turn:-10});else if(t===`ArrowRight`)p(e,{turn:l});else if(t===`ArrowUp`)p(e,{tilt:l});else if(t===`ArrowDown`)p(e,{tilt:-10});else if(t===`+`||t===`=`)p(e,{zoom:d});else if(t===`-`||t===`_`)p(e,{zoom:1/d});else if(t===`0`)Object.assign(e,s);else return!1;return!0}var b=7,x=1.6,S=1.08,C=[.78,.74,.68],w={vertex:`#version 300 es
+    layout(location = 0) in vec3 position;
+    layout(location = 1) in vec3 normal;
+    layout(location = 2) in uint matter;
+    uniform mat4 clip;
+    uniform vec3 origin, eye, colours[8];
+    uniform float step_mm;
+    out vec3 n, colour, toEye;
+    void main() {
+      vec3 p = origin + step_mm * position;
+      n = normal;
+      toEye = eye - p;
+      colour = colours[min(matter, ${b}u)];
+      gl_Position = clip * vec4(p, 1.0);
+    }`,fragment:`#version 300 es
+    precision highp float;
+    in vec3 n, colour, toEye;
+    uniform vec3 lamp, ink;
+    uniform float ghost;
+    out vec4 pixel;
+    void main() {
+      vec3 v = normalize(toEye), m = normalize(n);
+      m = dot(m, v) < 0.0 ? -m : m;
+      float facing = dot(m, v);
+      if (ghost > 0.0) {
+        pixel = vec4(ink, 1.0) * (0.06 + 0.5 * pow(1.0 - facing, 2.5));
+        return;
+      }
+      float light = 0.32 + 0.68 * (0.5 + 0.5 * dot(m, lamp));
+      float shine = 0.16 * pow(max(dot(m, normalize(lamp + v)), 0.0), 24.0);
+      float rim = 1.0 - 0.35 * pow(1.0 - facing, 3.0);
+      pixel = vec4(colour * light * rim + shine, 1.0);
+    }`},T={vertex:`#version 300 es
+    layout(location = 0) in vec3 position;
+    layout(location = 1) in vec2 corner;
+    uniform mat4 clip;
+    out vec2 at;
+    void main() {
+      at = corner;
+      gl_Position = clip * vec4(position, 1.0);
+    }`,fragment:`#version 300 es
+    precision highp float;
+    in vec2 at;
+    uniform vec3 ink;
+    uniform float thickness;
+    out vec4 pixel;
+    void main() {
+      vec2 edge = min(at, 1.0 - at) / fwidth(at);
+      float line = 1.0 - smoothstep(thickness - 0.5, thickness + 0.5, min(edge.x, edge.y));
+      pixel = vec4(ink, 1.0) * mix(0.1, 0.85, line);
+    }`};function E(e,t,n){let r=document.createElement(`canvas`),i=r.getContext(`webgl2`,{antialias:!0,alpha:!0,premultipliedAlpha:!0});if(!i)return null;let a=j(i,w),o=j(i,T),s=t.map(e=>M(i,e)),c=n&&M(i,n),l=N(i,e.planes),u=e.colours.map(L),[d,f]=D(e,t,n);return i.enable(i.DEPTH_TEST),i.blendFunc(i.ONE,i.ONE_MINUS_SRC_ALPHA),i.polygonOffset(1,1),{canvas:r,draw(t,n,p,m){r.width<n&&(r.width=n),r.height<p&&(r.height=p),i.viewport(0,r.height-p,n,p),i.clearColor(0,0,0,0),i.clear(i.COLOR_BUFFER_BIT|i.DEPTH_BUFFER_BIT);let v=_(m.camera,d,f,n/p),[y,b,x]=h(m.camera),S=d.map((e,t)=>e+g(f)*x[t]),w=x.map((e,t)=>(e*8+b[t]*5-y[t]*4)/Math.sqrt(105)),T=m.colours?[...u,C]:Array(8).fill(C);i.useProgram(a.id),i.uniformMatrix4fv(a.at(`clip`),!1,v),i.uniform3fv(a.at(`origin`),e.origin),i.uniform1f(a.at(`step_mm`),e.step),i.uniform3fv(a.at(`eye`),S),i.uniform3fv(a.at(`lamp`),w),i.uniform3fv(a.at(`ink`),m.ink),i.uniform3fv(a.at(`colours`),T.flat()),i.uniform1f(a.at(`ghost`),0),A(i,s[t]),i.enable(i.BLEND),i.depthMask(!1),c&&m.ghost&&(i.uniform1f(a.at(`ghost`),1),i.enable(i.POLYGON_OFFSET_FILL),A(i,c),i.disable(i.POLYGON_OFFSET_FILL)),m.planes&&(i.useProgram(o.id),i.uniformMatrix4fv(o.at(`clip`),!1,v),i.uniform3fv(o.at(`ink`),m.ink),i.uniform1f(o.at(`thickness`),Math.max(1.5,Math.min(n,p)/260)),A(i,l)),i.depthMask(!0),i.disable(i.BLEND)}}}function D(e,t,n){let r=n?O(n):e.size.map(t=>t/e.step/2),i=Math.max(...t.map(e=>k(e,r))),a=n?k(n,r):i,o=S*Math.min(Math.max(i,a),x*a)*e.step;return[r.map((t,n)=>e.origin[n]+e.step*t),o]}function O(e){let[t,n]=[[65535,65535,65535],[0,0,0]];return e.positions.forEach((e,r)=>{t[r%3]=Math.min(t[r%3],e),n[r%3]=Math.max(n[r%3],e)}),t.map((e,t)=>(e+n[t])/2)}function k(e,[t,n,r]){let{positions:i}=e,a=1;for(let e=0;e<i.length;e+=3)a=Math.max(a,(i[e]-t)**2+(i[e+1]-n)**2+(i[e+2]-r)**2);return Math.sqrt(a)}function A(e,t){e.bindVertexArray(t.array),e.drawElements(e.TRIANGLES,t.count,e.UNSIGNED_INT,0)}function j(e,t){let n=e.createProgram();for(let[r,i]of[[e.VERTEX_SHADER,t.vertex],[e.FRAGMENT_SHADER,t.fragment]]){let t=e.createShader(r);e.shaderSource(t,i),e.compileShader(t),e.attachShader(n,t)}if(e.linkProgram(n),!e.getProgramParameter(n,e.LINK_STATUS)){let t=e.getAttachedShaders(n)??[];throw Error([e.getProgramInfoLog(n),...t.map(t=>e.getShaderInfoLog(t))].join(` `))}return{id:n,at:t=>e.getUniformLocation(n,t)}}function M(e,t){let n=e.createVertexArray();return e.bindVertexArray(n),P(e,0,I(t.positions,new Uint16Array(t.positions.length/3*4))),e.vertexAttribPointer(0,3,e.UNSIGNED_SHORT,!1,8,0),P(e,1,I(t.normals,new Int8Array(t.normals.length/3*4))),e.vertexAttribPointer(1,3,e.BYTE,!0,4,0),P(e,2,t.classes),e.vertexAttribIPointer(2,1,e.UNSIGNED_BYTE,0,0),F(e,n,t.triangles)}function N(e,t){let n=e.createVertexArray();return e.bindVertexArray(n),P(e,0,new Float32Array(t.flat(2))),e.vertexAttribPointer(0,3,e.FLOAT,!1,0,0),P(e,1,new Float32Array(t.flatMap(()=>[0,0,1,0,1,1,0,1]))),e.vertexAttribPointer(1,2,e.FLOAT,!1,0,0),F(e,n,new Uint32Array(t.flatMap((e,t)=>[0,1,2,0,2,3].map(e=>4*t+e))))}function P(e,t,n){e.bindBuffer(e.ARRAY_BUFFER,e.createBuffer()),e.bufferData(e.ARRAY_BUFFER,n,e.STATIC_DRAW),e.enableVertexAttribArray(t)}function F(e,t,n){return e.bindBuffer(e.ELEMENT_ARRAY_BUFFER,e.createBuffer()),e.bufferData(e.ELEMENT_ARRAY_BUFFER,n,e.STATIC_DRAW),{array:t,count:n.length}}function I(e,t){for(let n=0;3*n<e.length;n++)for(let r=0;r<3;r++)t[4*n+r]=e[3*n+r];return t}function L(e){return[1,3,5].map(t=>parseInt(e.slice(t,t+2),16)/255)}var R=e=>document.getElementById(e),z=[...document.querySelectorAll(`figure canvas`)],B={...s},V=`This browser shows no 3D graphics: WebGL 2 is missing or switched off. The titles and figures below still hold.`;U(`theme`,K),H().catch(e=>q(`The meshes could not be drawn: ${String(e)}`));async function H(){let t=JSON.parse(R(`scene`).textContent),n=await Promise.all(t.columns.map(e)),r=t.ghost&&await e(t.ghost),i=E(t,n,r);if(!i)return q(V);let a=0,o=()=>{a||=requestAnimationFrame(()=>{a=0,i&&z.forEach((e,t)=>W(i,e,t)),R(`view`).textContent=m(B),document.documentElement.dataset.drawn=m(B)})},c=e=>{e.addEventListener(`webglcontextlost`,e=>e.preventDefault()),e.addEventListener(`webglcontextrestored`,()=>{if(i=E(t,n,r),!i)return q(V);c(i.canvas),o()})};c(i.canvas);let l=new ResizeObserver(o);for(let e of z)v(e,B,o),l.observe(e);for(let e of[`ghost`,`planes`,`colours`])R(e)?.addEventListener(`change`,o);U(`reset`,()=>Object.assign(B,s)&&o()),U(`theme`,o),matchMedia(`(prefers-color-scheme: dark)`).addEventListener(`change`,o),o()}function U(e,t){R(e).addEventListener(`click`,t)}function W(e,t,n){let r=Math.min(devicePixelRatio,2),[i,a]=[t.clientWidth,t.clientHeight].map(e=>Math.round(e*r));if(!i||!a)return;t.width!==i&&(t.width=i),t.height!==a&&(t.height=a),e.draw(n,i,a,G(t));let o=t.getContext(`2d`);o.clearRect(0,0,i,a),o.drawImage(e.canvas,0,0,i,a,0,0,i,a)}function G(e){let t=e=>R(e)?.checked??!0,n=(getComputedStyle(e).color.match(/[\d.]+/g)??[]).slice(0,3).map(e=>Number(e)/255);return{camera:B,ghost:t(`ghost`),planes:t(`planes`),colours:t(`colours`),ink:n}}function K(){let e=document.documentElement,t=e.dataset.theme?e.dataset.theme===`dark`:matchMedia(`(prefers-color-scheme: dark)`).matches;e.dataset.theme=t?`light`:`dark`}function q(e){let t=R(`problem`);t.textContent=e,t.hidden=!1,document.documentElement.dataset.drawn=`no`}})();
