@@ -32,6 +32,9 @@ class Denoiser(nn.Module):
         self.sigma_max = sigma_max
         levels = len(fields)
         self.net = UNet(fields.channels + levels, fields.channels, widths, strides, conditions=levels)
+        for field in fields:
+            if field.kind == "continuous":  # start as the Wiener filter of unit variance
+                nn.init.zeros_(self.net.head.weight.data[fields.slice(field.name)])
 
     def forward(
         self, z: Float[Tensor, "b c x y z"], sigma: Float[Tensor, "b f"] | Float[Tensor, "b f x y z"]
