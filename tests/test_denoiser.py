@@ -28,9 +28,11 @@ def test_untrained_image_estimate_is_the_wiener_filter_of_unit_variance() -> Non
     torch.testing.assert_close(estimate[:, :1], z[:, :1] / (1 + sigma**2))
 
 
-def test_untrained_label_estimate_is_bayes_rule_with_equal_priors() -> None:
+def test_without_a_network_the_label_estimate_is_bayes_rule_with_equal_priors() -> None:
     z, sigma = draw(), 0.7
-    estimate = Denoiser(FIELDS, (8, 16), [(2, 2, 2)], 40.0)(z, torch.full((2, 2), sigma))
+    denoiser = Denoiser(FIELDS, (8, 16), [(2, 2, 2)], 40.0)
+    torch.nn.init.zeros_(denoiser.net.head.weight)
+    estimate = denoiser(z, torch.full((2, 2), sigma))
     codes = 2 * torch.eye(3) - 1
     likelihood = torch.exp(-((z[:, None, 1:] - codes[None, :, :, None, None, None]) ** 2).sum(2) / (2 * sigma**2))
     expected = likelihood / likelihood.sum(dim=1, keepdim=True)
