@@ -1,6 +1,7 @@
 import gzip
 import json
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from genmed.degrade import coarser, inverted, keep_slices
 from genmed.errors import GenMedError
 from genmed.hub import Model
 from genmed.space import Space
+from genmed.surprise import features
 from genmed.tasks import restore as task
 from genmed.tasks import run
 from genmed.tasks.restore import Restoration, line, restore, save_synthetic, translate
@@ -89,6 +91,19 @@ def test_one_sample_is_the_image_that_segment_restores(model: Model) -> None:
     np.testing.assert_allclose(result.image.data, slope * found.image.data + shift, rtol=1e-4)
     assert result.residual == pytest.approx(found.residual) and result.deviation is None
     assert (result.match, result.seed) == ("none", 5)
+
+
+@pytest.mark.parametrize(("match", "measured"), [("auto", 1), ("affine", 0)])
+def test_surprise_is_computed_only_where_it_decides(
+    model: Model, monkeypatch: pytest.MonkeyPatch, match: str, measured: int
+) -> None:
+    calls, typical = [], (0.0,) * 4 + (1e6,) * 4  # nothing surprises
+    monkeypatch.setattr("genmed.tasks.segment.features", lambda *given: calls.append(given) or features(*given))
+    known = replace(model, plan=replace(PLAN, typical=typical))
+    found = restore(known, picture(), match=match, samples=3)
+    assert len(calls) == measured and known.plan.typical == typical
+    plain = restore(model, picture(), match="none" if match == "auto" else match, samples=3)
+    assert found.match == plain.match and found.image.data.tobytes() == plain.image.data.tobytes()
 
 
 def test_same_seed_gives_the_same_bytes_and_another_seed_does_not(model: Model) -> None:
