@@ -14,8 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from genmed import hub, plan
@@ -30,7 +28,6 @@ from genmed.bench.segmentation import (
     append_row,
     draw,
     examine,
-    on_grid,
     persons,
     read_rows,
     report,
@@ -162,40 +159,6 @@ def test_probabilities_and_not_labels_are_interpolated() -> None:
     truth[0, :2] = 1
     found = score(Volume(soft, np.eye(4)), Grid((4, 2, 2), np.eye(4)), Volume(truth, half), {0: "a", 1: "b"})
     assert found["b"].dice == 1
-
-
-@given(
-    st.permutations((0, 1, 2)),
-    st.tuples(*[st.sampled_from((1, -1))] * 3),
-    st.tuples(*[st.integers(-3, 3)] * 3),
-)
-def test_values_on_a_turned_grid_are_the_voxels_themselves(
-    axes: list[int], flips: tuple[int, ...], shift: tuple[int, ...]
-) -> None:
-    data = np.random.default_rng(0).normal(size=(1, 5, 6, 7)).astype(np.float32)
-    step = np.zeros((4, 4))  # new index -> old index
-    step[3, 3] = 1
-    for new, old in enumerate(axes):
-        step[old, new] = flips[new]
-        step[old, 3] = (data.shape[1 + old] - 1 if flips[new] < 0 else 0) + shift[new]
-    shape = tuple(data.shape[1 + old] for old in axes)
-    found = on_grid(Volume(data, TURN), Grid(shape, TURN @ step))
-    index = np.einsum("ij,jxyz->ixyz", step[:3, :3], np.indices(shape)) + step[:3, 3, None, None, None]
-    x, y, z = (np.clip(index[k], 0, data.shape[1 + k] - 1).astype(int) for k in range(3))
-    np.testing.assert_allclose(found, data[:, x, y, z], atol=1e-5)
-
-
-def test_linear_fields_are_exact_on_a_rotated_grid() -> None:
-    c, s = np.cos(0.4), np.sin(0.4)
-    rotated = np.array([[c, -s, 0, 6], [s, c, 0, 3], [0, 0, 0.7, 2], [0, 0, 0, 1]])
-    coarse = Grid((10, 10, 10), np.diag([2, 2, 2, 1.0]))
-
-    def field(grid: Grid) -> np.ndarray:
-        world = np.einsum("ij,jxyz->ixyz", grid.affine[:3, :3], np.indices(grid.shape))
-        return np.einsum("i,ixyz->xyz", [0.3, -0.2, 0.5], world + grid.affine[:3, 3, None, None, None])[None]
-
-    fine = Grid((6, 8, 9), rotated)
-    np.testing.assert_allclose(on_grid(Volume(field(coarse), coarse.affine), fine), field(fine), atol=1e-5)
 
 
 def test_truth_beyond_the_field_of_view_is_not_asked_for() -> None:

@@ -12,6 +12,7 @@ from genmed import volume
 from genmed.errors import GenMedError
 from genmed.hub import Model
 from genmed.plan import Plan
+from genmed.space import on_grid
 from genmed.tasks import run
 from genmed.tasks.inputs import find_cases
 from genmed.tasks.run import Options, Outcome, segment_files
@@ -378,7 +379,7 @@ def test_dicom_folder_is_one_case_and_folder_of_those_several(tmp_path: Path) ->
 def test_mean_intensity_on_a_coarser_grid_is_that_of_the_voxels_there(tmp_path: Path) -> None:
     image = Volume(np.arange(8, dtype=np.float32).reshape(1, 8, 1, 1), np.eye(4))
     coarse = Volume(np.array([1, 1, 0, 0], dtype=np.uint8).reshape(1, 4, 1, 1), np.diag([2.0, 1, 1, 1]))
-    values = run._on_grid(image, coarse.grid)
+    values = on_grid(image, coarse.grid, order=0)
     assert values[0, :, 0, 0].tolist() == [0, 2, 4, 6]
     result = Segmentation(coarse, None, {}, 0.0, "conditional", "none", 0.0, 0, None)
     row = run.measure(result, values, PLAN)["front"]

@@ -22,6 +22,7 @@ from genmed.files import write_bytes
 from genmed.hub import Model, load
 from genmed.metrics import bootstrap_interval, dice
 from genmed.samplers import schedule
+from genmed.space import on_grid
 from genmed.tasks.segment import MATCHES, attempts_at, evaluations, guided_pair
 from genmed.tasks.view import View
 from genmed.volume import Volume, read, read_labels
@@ -84,7 +85,7 @@ def _row(model: Model, name: str, match: str, of: Schedule, id: str, worse: Degr
     plan = model.plan
     view = View.of(plan, worse.scan, worse.observed, worse.slice_thickness_mm)
     mode = attempts_at(view, "restore-then-condition", match)[0][0]
-    true = view_labels(view, truth, plan.label_values)
+    true = np.searchsorted(plan.label_values, on_grid(truth, view.space.model, order=0)[0])
     started = time.monotonic()
     with torch.no_grad():
         seeds = list(range(of.samples))
@@ -94,18 +95,6 @@ def _row(model: Model, name: str, match: str, of: Schedule, id: str, worse: Degr
     score = np.mean([dice(found == c, true == c) for c in range(1, len(plan.labels))])
     calls = evaluations(schedule(plan.sigma_max, plan.sigma_min, of.steps), of.travels)
     return Row(name, of, calls, id, float(score), seconds)
-
-
-def view_labels(view: View, truth: Volume, values: Sequence[int]) -> np.ndarray:
-    """True classes on the working grid of a view, (x, y, z): nearest voxel of the truth's own grid."""
-    from scipy.ndimage import map_coordinates
-
-    grid = view.space.model
-    index = np.stack(np.meshgrid(*[np.arange(n) for n in grid.shape], indexing="ij")).reshape(3, -1)
-    to_truth = np.linalg.inv(truth.affine) @ grid.affine
-    places = to_truth[:3, :3] @ index + to_truth[:3, 3:]
-    nearest = map_coordinates(truth.data[0], places, order=0, mode="nearest").reshape(grid.shape)
-    return np.searchsorted(np.asarray(values), nearest)
 
 
 def table(rows: Sequence[Row], people: dict[str, str]) -> str:

@@ -47,6 +47,7 @@ from genmed.degrade import Degraded
 from genmed.errors import GenMedError
 from genmed.files import sha256_of, write_bytes
 from genmed.metrics import bootstrap_interval, dice, hd95, nsd
+from genmed.space import on_grid
 from genmed.surprise import LIMIT
 from genmed.tasks.segment import SAMPLES, STEPS, TRAVELS, segment
 from genmed.tasks.view import View
@@ -334,25 +335,13 @@ def score(soft: Volume, seen: Grid, truth: Volume, names: Mapping[int, str]) -> 
     inside = within(seen, truth.grid)
     if not inside.any():
         raise GenMedError(f"{truth.name}: lies outside of the scan; check both headers.")
-    found = np.asarray(list(names))[on_grid(soft, truth.grid).argmax(axis=0)]
+    found = np.asarray(list(names))[on_grid(soft, truth.grid, order=1).argmax(axis=0)]
     scores = {}
     for value, name in list(names.items())[1:]:
         masks = (found == value) & inside, (truth.data[0] == value) & inside
         overlap, spacing_mm = float(dice(*masks)), truth.spacing_mm
         scores[name] = Scores(overlap, hd95(*masks, spacing_mm), nsd(*masks, spacing_mm))
     return scores
-
-
-def on_grid(volume: Volume, grid: Grid) -> np.ndarray:
-    """Values (c, x, y, z) at a grid's voxel centres, linear between the volume's, constant beyond the outermost."""
-    from scipy.ndimage import affine_transform
-
-    step = np.linalg.inv(volume.affine) @ grid.affine
-    channels = [
-        affine_transform(channel.astype(np.float32), step[:3, :3], step[:3, 3], grid.shape, order=1, mode="nearest")
-        for channel in volume.data
-    ]
-    return np.stack(channels)
 
 
 def within(seen: Grid, grid: Grid) -> np.ndarray:
