@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from genmed.bench import hippocampus, memory, peers
+from genmed.bench.cases import HIPPOCAMPUS
 from genmed.bench.hippocampus import Method, mean_interval, per_case, read_curve, report
 from genmed.data.dataset import read_dataset
 from genmed.data.split import read_split
@@ -253,7 +254,7 @@ def test_coarse_and_fine_stage_make_one_curve(tmp_path: Path) -> None:
 
 
 def test_published_split_keeps_persons_apart_and_reports_on_44_cases() -> None:
-    split = read_split(hippocampus.SPLIT)
+    split = read_split(HIPPOCAMPUS)
     assert len(split.report) == 44
 
 

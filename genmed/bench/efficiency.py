@@ -5,7 +5,6 @@
 Each row is one schedule of `genmed.tasks.segment.guided_pair`; the defaults there were chosen from this table.
 """
 
-import argparse
 import csv
 import time
 from collections.abc import Callable, Sequence
@@ -15,8 +14,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from genmed.bench.cases import HIPPOCAMPUS, cases_of_part, hippocampus_options
 from genmed.data.dataset import read_dataset
-from genmed.data.split import person, read_split
+from genmed.data.split import person
 from genmed.degrade import Degraded, coarser, inverted, keep_slices, tent
 from genmed.files import write_bytes
 from genmed.hub import Model, load
@@ -26,8 +26,6 @@ from genmed.space import on_grid
 from genmed.tasks.segment import MATCHES, attempts_at, evaluations, guided_pair
 from genmed.tasks.view import View
 from genmed.volume import Volume, read, read_labels
-
-SPLIT = Path(__file__).parent / "splits" / "hippocampus.json"
 
 
 class Schedule(NamedTuple):
@@ -66,8 +64,7 @@ class Row(NamedTuple):
 def measure(model: Model, data: Path, part: str, cases: int | None) -> list[Row]:
     """All schedules on all inputs, restore-then-condition; Dice on the working grid."""
     dataset = read_dataset(data)
-    ids = getattr(read_split(SPLIT, dataset.ids), part)
-    chosen = ids if cases is None else ids[:: max(1, len(ids) // cases)][:cases]
+    chosen = cases_of_part(dataset, HIPPOCAMPUS, part, cases)
     rows = []
     for name, (degrade, match) in INPUTS.items():
         for of in SCHEDULES:
@@ -147,11 +144,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
 def main() -> None:
     """Parse the command line, print the table, write table, CSV and plot."""
-    parser = argparse.ArgumentParser(description="Quality against network evaluations.")
-    parser.add_argument("--model", default="hippocampus-mr")
-    parser.add_argument("--data", type=Path, required=True, help="the MSD hippocampus set")
-    parser.add_argument("--part", choices=("tune", "report"), default="tune")
-    parser.add_argument("--cases", type=int, help="so many evenly spread cases; default all")
+    parser = hippocampus_options("Quality against network evaluations.")
     parser.add_argument("--out", type=Path, required=True, help="folder for table, CSV and plot")
     a = parser.parse_args()
     a.out.mkdir(parents=True, exist_ok=True)

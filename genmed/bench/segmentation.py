@@ -19,6 +19,7 @@ import numpy as np
 
 from genmed import hub
 from genmed.bench import peers
+from genmed.bench.cases import cases_of_part, spread
 from genmed.bench.hippocampus import (
     MISSED_MM,
     PLATEAU,
@@ -42,7 +43,7 @@ from genmed.bench.tables import (
     TrainingSet,
 )
 from genmed.data.dataset import Dataset, read_dataset
-from genmed.data.split import PARTS, person, read_split
+from genmed.data.split import PARTS, person
 from genmed.degrade import Degraded
 from genmed.errors import GenMedError
 from genmed.files import sha256_of, write_bytes
@@ -191,10 +192,9 @@ def cases_of(
 ) -> tuple[Dataset, tuple[str, ...]]:
     """The data set of an input and its cases: of one part, evenly spread; of a set never trained on, all."""
     dataset = read_dataset(lab.data / (input.folder or training.folder))
-    ids = dataset.ids if input.folder else getattr(read_split(training.split, dataset.ids), part)
-    if not ids:
-        raise GenMedError(f"{training.split}: part '{part}' holds no case; choose another.")
-    return dataset, ids if count is None else ids[:: max(1, len(ids) // count)][:count]
+    return dataset, (
+        spread(dataset.ids, count) if input.folder else cases_of_part(dataset, training.split, part, count)
+    )
 
 
 def persons(dataset: Dataset, ids: Iterable[str]) -> dict[str, str]:
