@@ -1,6 +1,5 @@
 import csv
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -13,7 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
+from real import real_set
 from typer.testing import CliRunner
 
 from genmed import hub, plan
@@ -55,28 +56,16 @@ SPLIT = {"dataset": "Hippocampus", "train": IDS[:4], "tune": IDS[4:6], "report":
 NAMES = {0: "background", 1: "front", 4: "back"}
 PRESET = plan.Preset(widths=(8, 16, 16), steps=2, batch=1, learning_rate=1e-3)
 QUICK = 0.0005  # minutes
-DATA = os.environ.get("GENMED_DATA")
 
 
 # A small world --------------------------------------------------------------------------------------------
 
 
-def boxes(folder: Path, name: str, labels: dict[str, str]) -> Path:
+def boxes(folder: Path, *structures: str) -> None:
     """Bright blocks in noise, in MSD layout."""
     rng = np.random.default_rng(0)
-    for id in IDS:
-        label = np.zeros((1, *SHAPE), np.uint8)
-        x, y, z = rng.integers(2, 5, 3)
-        for value in range(1, len(labels)):
-            label[0, x + 8 * value - 8 : x + 8 * value, y : y + 8, z : z + 8] = value
-        image = (100 * label + rng.normal(0, 10, label.shape)).astype(np.float32)
-        for part, array in (("imagesTr", image), ("labelsTr", label)):
-            (folder / part).mkdir(parents=True, exist_ok=True)
-            Volume(array, np.eye(4)).save(folder / part / f"{id}.nii.gz")
-    cases = [{"image": f"./imagesTr/{id}.nii.gz", "label": f"./labelsTr/{id}.nii.gz"} for id in IDS]
-    about = {"name": name, "modality": {"0": "MRI"}, "labels": labels, "training": cases, "test": []}
-    (folder / "dataset.json").write_text(json.dumps(about))
-    return folder
+    cases = {id: tiny.blocks(rng, SHAPE, len(structures)) for id in IDS}
+    tiny.write_msd(folder, "Hippocampus", ("background", *structures), cases)
 
 
 def small_sets(data: Path) -> dict[str, TrainingSet]:
@@ -90,8 +79,8 @@ def small_sets(data: Path) -> dict[str, TrainingSet]:
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     """Two made-up sets under the names that the tables know, and a network small enough to train in a test."""
     data = tmp_path_factory.mktemp("data")
-    boxes(data / "Task04_Hippocampus", "Hippocampus", {"0": "background", "1": "front", "2": "back"})
-    boxes(data / "left_atrium", "Hippocampus", {"0": "background", "1": "left_atrium"})
+    boxes(data / "Task04_Hippocampus", "front", "back")
+    boxes(data / "left_atrium", "left_atrium")
     (data / "split.json").write_text(json.dumps(SPLIT))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(plan.PRESETS, "small", PRESET)
@@ -244,9 +233,8 @@ def test_sets_never_trained_on_are_kept_for_the_report() -> None:
     assert [i.folder for i in segmentation._table("zeroshot", "acdc", "report", None)[1] if i.folder] == ["mscmr_lge"]
 
 
-@pytest.mark.skipif(not DATA, reason="needs GENMED_DATA")
 def test_split_of_the_left_atrium_keeps_groups_apart() -> None:
-    dataset = read_dataset(Path(str(DATA)) / "left_atrium")
+    dataset = read_dataset(real_set("left_atrium"))
     split = read_split(tables.SPLITS / "left_atrium.json", dataset.ids)
     assert sorted(split.ids) == sorted(dataset.ids)
     groups = persons(dataset, dataset.ids)

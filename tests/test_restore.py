@@ -10,10 +10,12 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_run import MODEL, SHAPE, names, scan, table, write
 from test_segment import PLAN, random_denoiser
+from torch import Tensor
 from typer.testing import CliRunner
 
 import genmed
@@ -24,7 +26,6 @@ from genmed.degrade import coarser, inverted, keep_slices
 from genmed.errors import GenMedError
 from genmed.hub import Model
 from genmed.space import Space
-from genmed.surprise import features
 from genmed.tasks import restore as task
 from genmed.tasks import run
 from genmed.tasks.restore import Restoration, line, restore, save_synthetic, translate
@@ -97,11 +98,12 @@ def test_one_sample_is_the_image_that_segment_restores(model: Model) -> None:
 def test_surprise_is_computed_only_where_it_decides(
     model: Model, monkeypatch: pytest.MonkeyPatch, match: str, measured: int
 ) -> None:
-    calls, typical = [], (0.0,) * 4 + (1e6,) * 4  # nothing surprises
-    monkeypatch.setattr("genmed.tasks.segment.features", lambda *given: calls.append(given) or features(*given))
-    known = replace(model, plan=replace(PLAN, typical=typical))
+    calls: list[Tensor] = []
+    monkeypatch.setattr("genmed.tasks.segment.features", lambda *given: calls.append(given[2]) or torch.zeros(1, 3))
+    monkeypatch.setattr("genmed.tasks.segment.surprise", lambda *given: torch.zeros(1))  # nothing surprises
+    known = replace(model, plan=replace(PLAN, typical=(1.0,) * 8))
     found = restore(known, picture(), match=match, samples=3)
-    assert len(calls) == measured and known.plan.typical == typical
+    assert len(calls) == measured and known.plan.typical == (1.0,) * 8
     plain = restore(model, picture(), match="none" if match == "auto" else match, samples=3)
     assert found.match == plain.match and found.image.data.tobytes() == plain.image.data.tobytes()
 
