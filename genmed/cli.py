@@ -105,6 +105,9 @@ DataDir = Annotated[
 ]
 Source = Annotated[Path, typer.Argument(metavar="INPUT", help="Scan, DICOM folder or folder of cases.")]
 ModelName = Annotated[str, typer.Option("--model", help="Model name (genmed models list) or folder.")]
+SyntheticMatch = Annotated[
+    str, typer.Option(help="How intensities may differ from the model's, as in `genmed segment`.")
+]
 SyntheticOut = Annotated[Path, typer.Option("--out", help="A .synthetic.nii.gz file, or a folder.")]
 Samples = Annotated[int | None, typer.Option(help="Samples to average; default 4.")]
 Seed = Annotated[int, typer.Option(help="Seed of all random numbers.")]
@@ -317,9 +320,7 @@ def restore(
     source: Source,
     model: ModelName,
     out: SyntheticOut,
-    match: Annotated[
-        str, typer.Option(help="How intensities may differ from the model's, as in `genmed segment`.")
-    ] = "auto",
+    match: SyntheticMatch = "auto",
     samples: Samples = None,
     seed: Seed = 0,
     roi: Roi = None,
@@ -346,9 +347,7 @@ def translate(
     source: Source,
     model: ModelName,
     out: SyntheticOut,
-    match: Annotated[
-        str, typer.Option(help="How intensities may differ from the model's, as in `genmed segment`.")
-    ] = "auto",
+    match: SyntheticMatch = "auto",
     samples: Samples = None,
     seed: Seed = 0,
     roi: Roi = None,

@@ -14,7 +14,7 @@ import numpy as np
 from nibabel.orientations import io_orientation
 
 from .errors import GenMedError
-from .volume import Grid
+from .volume import Grid, Volume
 
 Array = TypeVar("Array")  # numpy array or torch tensor
 Matrices = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -203,6 +203,22 @@ def apply_matrices(array: Array, matrices: Sequence[Any]) -> Array:
         if not _is_identity(matrices[axis]):
             array = _apply_one(array, matrices[axis], axis)
     return array
+
+
+def on_grid(volume: Volume, grid: Grid, *, order: int) -> np.ndarray:
+    """Values (c, x, y, z) of a volume at the voxel centres of another grid, constant beyond its outermost voxels.
+
+    `order` 0 takes the nearest voxel, in the volume's own type; 1 is linear between voxels, in float32.
+    """
+    if volume.grid.shape == grid.shape and np.array_equal(volume.affine, grid.affine):
+        return volume.data
+    from scipy.ndimage import affine_transform
+
+    step = np.linalg.inv(volume.affine) @ grid.affine
+    data = volume.data if order == 0 else volume.data.astype(np.float32)
+    return np.stack(
+        [affine_transform(c, step, output_shape=grid.shape, order=order, mode="nearest") for c in data]
+    )
 
 
 def _apply_one(array: Any, matrix: Any, axis: int) -> Any:

@@ -309,7 +309,7 @@ def test_a_file_where_the_folder_should_be_is_an_error(tmp_path: Path) -> None:
         assert "cannot be written" in complaint(Volume(scan()[None], np.eye(4)).save, tmp_path / "out" / name)
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's full device")
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, a disk without room; to run it: Linux")
 @pytest.mark.parametrize("suffix", [".nrrd", ".nii.gz", ".tiff"])
 def test_a_really_full_device_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str

@@ -1,69 +1,38 @@
 import csv
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from torch import nn
 
 from genmed.bench import hippocampus, memory, peers
+from genmed.bench.cases import HIPPOCAMPUS
 from genmed.bench.hippocampus import Method, mean_interval, per_case, read_curve, report
 from genmed.data.dataset import read_dataset
 from genmed.data.split import read_split
 from genmed.errors import GenMedError
 from genmed.loss import Batch, categorical_loss
 from genmed.metrics import Score
-from genmed.plan import Plan
 from genmed.volume import Volume, read
 
 SHAPE = (24, 16, 16)
 IDS = [f"case_{number}" for number in range(1, 7)]
 SPLIT = {"dataset": "Tiny", "train": IDS[:3], "tune": IDS[3:4], "report": IDS[4:]}
-PLAN = Plan(
-    name="tiny",
-    channels=("MRI",),
-    labels=("background", "front", "back"),
-    label_values=(0, 1, 2),
-    spacing_mm=(1.0, 1.0, 1.0),
-    patch=(16, 16, 16),
-    widths=(8, 16, 24, 32),
-    batch=1,
-    steps=1,
-    learning_rate=1e-3,
-    thick_slices=False,
-    extent_mm=(40.0, 40.0, 40.0),
-)
+PLAN = replace(tiny.PLAN, widths=(8, 16, 24, 32))
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two bright blocks in noise, in MSD layout."""
-    folder = tmp_path_factory.mktemp("Tiny")
     rng = np.random.default_rng(0)
-    for id in IDS:
-        label = np.zeros((1, *SHAPE), np.uint8)
-        x, y, z = rng.integers(2, 5, 3)
-        label[0, x : x + 8, y : y + 8, z : z + 8] = 1
-        label[0, x + 8 : x + 14, y : y + 8, z : z + 8] = 2
-        image = (100 * label + rng.normal(0, 10, label.shape)).astype(np.float32)
-        for part, array in (("imagesTr", image), ("labelsTr", label)):
-            (folder / part).mkdir(exist_ok=True)
-            Volume(array, np.eye(4)).save(folder / part / f"{id}.nii.gz")
-    training = [
-        {"image": f"./imagesTr/{id}.nii.gz", "label": f"./labelsTr/{id}.nii.gz"} for id in IDS
-    ]
-    about = {
-        "name": "Tiny",
-        "modality": {"0": "MRI"},
-        "labels": {"0": "background", "1": "front", "2": "back"},
-        "training": training,
-        "test": [],
-    }
-    (folder / "dataset.json").write_text(json.dumps(about))
-    return folder
+    cases = {id: tiny.blocks(rng, SHAPE) for id in IDS}
+    return tiny.write_msd(tmp_path_factory.mktemp("Tiny"), "Tiny", PLAN.labels, cases)
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +222,7 @@ def test_coarse_and_fine_stage_make_one_curve(tmp_path: Path) -> None:
 
 
 def test_published_split_keeps_persons_apart_and_reports_on_44_cases() -> None:
-    split = read_split(hippocampus.SPLIT)
+    split = read_split(HIPPOCAMPUS)
     assert len(split.report) == 44
 
 

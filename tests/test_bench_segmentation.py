@@ -1,6 +1,5 @@
 import csv
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -13,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from real import real_set
 from typer.testing import CliRunner
 
 from genmed import hub, plan
@@ -30,7 +29,6 @@ from genmed.bench.segmentation import (
     append_row,
     draw,
     examine,
-    on_grid,
     persons,
     read_rows,
     report,
@@ -58,28 +56,16 @@ SPLIT = {"dataset": "Hippocampus", "train": IDS[:4], "tune": IDS[4:6], "report":
 NAMES = {0: "background", 1: "front", 4: "back"}
 PRESET = plan.Preset(widths=(8, 16, 16), steps=2, batch=1, learning_rate=1e-3)
 QUICK = 0.0005  # minutes
-DATA = os.environ.get("GENMED_DATA")
 
 
 # A small world --------------------------------------------------------------------------------------------
 
 
-def boxes(folder: Path, name: str, labels: dict[str, str]) -> Path:
+def boxes(folder: Path, *structures: str) -> None:
     """Bright blocks in noise, in MSD layout."""
     rng = np.random.default_rng(0)
-    for id in IDS:
-        label = np.zeros((1, *SHAPE), np.uint8)
-        x, y, z = rng.integers(2, 5, 3)
-        for value in range(1, len(labels)):
-            label[0, x + 8 * value - 8 : x + 8 * value, y : y + 8, z : z + 8] = value
-        image = (100 * label + rng.normal(0, 10, label.shape)).astype(np.float32)
-        for part, array in (("imagesTr", image), ("labelsTr", label)):
-            (folder / part).mkdir(parents=True, exist_ok=True)
-            Volume(array, np.eye(4)).save(folder / part / f"{id}.nii.gz")
-    cases = [{"image": f"./imagesTr/{id}.nii.gz", "label": f"./labelsTr/{id}.nii.gz"} for id in IDS]
-    about = {"name": name, "modality": {"0": "MRI"}, "labels": labels, "training": cases, "test": []}
-    (folder / "dataset.json").write_text(json.dumps(about))
-    return folder
+    cases = {id: tiny.blocks(rng, SHAPE, len(structures)) for id in IDS}
+    tiny.write_msd(folder, "Hippocampus", ("background", *structures), cases)
 
 
 def small_sets(data: Path) -> dict[str, TrainingSet]:
@@ -93,8 +79,8 @@ def small_sets(data: Path) -> dict[str, TrainingSet]:
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     """Two made-up sets under the names that the tables know, and a network small enough to train in a test."""
     data = tmp_path_factory.mktemp("data")
-    boxes(data / "Task04_Hippocampus", "Hippocampus", {"0": "background", "1": "front", "2": "back"})
-    boxes(data / "left_atrium", "Hippocampus", {"0": "background", "1": "left_atrium"})
+    boxes(data / "Task04_Hippocampus", "front", "back")
+    boxes(data / "left_atrium", "left_atrium")
     (data / "split.json").write_text(json.dumps(SPLIT))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(plan.PRESETS, "small", PRESET)
@@ -162,40 +148,6 @@ def test_probabilities_and_not_labels_are_interpolated() -> None:
     truth[0, :2] = 1
     found = score(Volume(soft, np.eye(4)), Grid((4, 2, 2), np.eye(4)), Volume(truth, half), {0: "a", 1: "b"})
     assert found["b"].dice == 1
-
-
-@given(
-    st.permutations((0, 1, 2)),
-    st.tuples(*[st.sampled_from((1, -1))] * 3),
-    st.tuples(*[st.integers(-3, 3)] * 3),
-)
-def test_values_on_a_turned_grid_are_the_voxels_themselves(
-    axes: list[int], flips: tuple[int, ...], shift: tuple[int, ...]
-) -> None:
-    data = np.random.default_rng(0).normal(size=(1, 5, 6, 7)).astype(np.float32)
-    step = np.zeros((4, 4))  # new index -> old index
-    step[3, 3] = 1
-    for new, old in enumerate(axes):
-        step[old, new] = flips[new]
-        step[old, 3] = (data.shape[1 + old] - 1 if flips[new] < 0 else 0) + shift[new]
-    shape = tuple(data.shape[1 + old] for old in axes)
-    found = on_grid(Volume(data, TURN), Grid(shape, TURN @ step))
-    index = np.einsum("ij,jxyz->ixyz", step[:3, :3], np.indices(shape)) + step[:3, 3, None, None, None]
-    x, y, z = (np.clip(index[k], 0, data.shape[1 + k] - 1).astype(int) for k in range(3))
-    np.testing.assert_allclose(found, data[:, x, y, z], atol=1e-5)
-
-
-def test_linear_fields_are_exact_on_a_rotated_grid() -> None:
-    c, s = np.cos(0.4), np.sin(0.4)
-    rotated = np.array([[c, -s, 0, 6], [s, c, 0, 3], [0, 0, 0.7, 2], [0, 0, 0, 1]])
-    coarse = Grid((10, 10, 10), np.diag([2, 2, 2, 1.0]))
-
-    def field(grid: Grid) -> np.ndarray:
-        world = np.einsum("ij,jxyz->ixyz", grid.affine[:3, :3], np.indices(grid.shape))
-        return np.einsum("i,ixyz->xyz", [0.3, -0.2, 0.5], world + grid.affine[:3, 3, None, None, None])[None]
-
-    fine = Grid((6, 8, 9), rotated)
-    np.testing.assert_allclose(on_grid(Volume(field(coarse), coarse.affine), fine), field(fine), atol=1e-5)
 
 
 def test_truth_beyond_the_field_of_view_is_not_asked_for() -> None:
@@ -281,9 +233,8 @@ def test_sets_never_trained_on_are_kept_for_the_report() -> None:
     assert [i.folder for i in segmentation._table("zeroshot", "acdc", "report", None)[1] if i.folder] == ["mscmr_lge"]
 
 
-@pytest.mark.skipif(not DATA, reason="needs GENMED_DATA")
 def test_split_of_the_left_atrium_keeps_groups_apart() -> None:
-    dataset = read_dataset(Path(str(DATA)) / "left_atrium")
+    dataset = read_dataset(real_set("left_atrium"))
     split = read_split(tables.SPLITS / "left_atrium.json", dataset.ids)
     assert sorted(split.ids) == sorted(dataset.ids)
     groups = persons(dataset, dataset.ids)

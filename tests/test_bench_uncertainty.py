@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 
 from genmed.bench import uncertainty
 from genmed.bench.uncertainty import (
@@ -27,26 +28,12 @@ from genmed.calibration import ece, reliability
 from genmed.denoiser import build
 from genmed.errors import GenMedError
 from genmed.hub import Model
-from genmed.plan import Plan
 from genmed.tasks.segment import Interval, Segmentation, segment
 from genmed.volume import Volume
 
 SHAPE = (24, 16, 16)
 IDS = [f"hippocampus_{number:03d}" for number in range(1, 7)]  # files 2k - 1 and 2k are one person
-PLAN = Plan(
-    name="tiny",
-    channels=("MRI",),
-    labels=("background", "Anterior", "Posterior"),
-    label_values=(0, 1, 2),
-    spacing_mm=(1.0, 1.0, 1.0),
-    patch=(16, 16, 16),
-    widths=(8, 16),
-    batch=1,
-    steps=1,
-    learning_rate=1e-3,
-    thick_slices=False,
-    extent_mm=(40.0, 40.0, 40.0),
-)
+PLAN = replace(tiny.PLAN, labels=("background", "Anterior", "Posterior"))
 
 
 @pytest.fixture(scope="module")
@@ -57,21 +44,10 @@ def model() -> Model:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two bright blocks in noise, in MSD layout, with a split beside them."""
-    folder = tmp_path_factory.mktemp("Hippocampus")
     rng = np.random.default_rng(0)
-    for id in IDS:
-        image = 100 * truth().data + rng.normal(0, 10, (1, *SHAPE))
-        for part, array in (("imagesTr", image.astype(np.float32)), ("labelsTr", truth().data)):
-            (folder / part).mkdir(exist_ok=True)
-            Volume(array, np.eye(4)).save(folder / part / f"{id}.nii.gz")
-    about = {
-        "name": "Hippocampus",
-        "modality": {"0": "MRI"},
-        "labels": {"0": "background", "1": "Anterior", "2": "Posterior"},
-        "training": [{"image": f"./imagesTr/{id}.nii.gz", "label": f"./labelsTr/{id}.nii.gz"} for id in IDS],
-        "test": [],
-    }
-    (folder / "dataset.json").write_text(json.dumps(about))
+    noisy = {id: (100 * truth().data + rng.normal(0, 10, (1, *SHAPE))).astype(np.float32) for id in IDS}
+    cases = {id: (image, truth().data) for id, image in noisy.items()}
+    folder = tiny.write_msd(tmp_path_factory.mktemp("Hippocampus"), "Hippocampus", PLAN.labels, cases)
     split = {"dataset": "Hippocampus", "train": IDS[:2], "tune": IDS[2:], "report": []}
     (folder / "split.json").write_text(json.dumps(split))
     return folder

@@ -1,11 +1,11 @@
 import json
-import os
 import shutil
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+from real import real_set
 
 from genmed.data.check import Problem, check, format_problems
 
@@ -177,10 +177,6 @@ def test_four_dimensional_msd_images_hold_the_channels(folder: Path) -> None:
     assert {problem.severity for problem in check(folder)} == {"warning"}  # the files of case2 are not listed
 
 
-@pytest.mark.skipif("GENMED_DATA" not in os.environ, reason="GENMED_DATA names no folder of data sets")
 @pytest.mark.parametrize("name", ["Task04_Hippocampus", "brats_mini", "cvc_polyp"])
 def test_real_sets_are_sound(name: str) -> None:
-    folder = Path(os.environ["GENMED_DATA"]) / name
-    if not folder.is_dir():
-        pytest.skip(f"{name} is not there")
-    assert [problem for problem in check(folder) if problem.severity == "error"] == []
+    assert [problem for problem in check(real_set(name)) if problem.severity == "error"] == []

@@ -11,6 +11,7 @@ import pytest
 import SimpleITK as sitk
 from hypothesis import given
 from hypothesis import strategies as st
+from real import real_set
 from typer.testing import CliRunner
 
 from genmed.cli import app
@@ -464,11 +465,8 @@ def test_a_case_that_is_there_twice_is_refused(tmp_path: Path) -> None:
     refused("patient001_frame01 twice", "acdc", src, tmp_path / "out")
 
 
-@pytest.mark.skipif("GENMED_DATA" not in os.environ, reason="GENMED_DATA names no folder of data sets")
 def test_real_labels_survive_the_detour_over_the_public_layout(tmp_path: Path) -> None:
-    real = Path(os.environ["GENMED_DATA"]) / "acdc"
-    if not real.is_dir():
-        pytest.skip("acdc is not there")
+    real = real_set("acdc")
     for case in read_dataset(real).cases[:4]:
         folder = tmp_path / "src" / case.id.partition("_")[0]
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
 import json
-import os
 from pathlib import Path
 
 import pytest
+from real import real_set
 
 from genmed.data.dataset import read_dataset
 from genmed.errors import GenMedError
@@ -140,12 +140,8 @@ def test_an_unknown_case_is_refused_with_examples(tmp_path: Path) -> None:
         read_dataset(folder_with(tmp_path, MSD)).case("x")
 
 
-@pytest.mark.skipif("GENMED_DATA" not in os.environ, reason="GENMED_DATA names no folder of data sets")
 @pytest.mark.parametrize(("name", "count"), [("Task04_Hippocampus", 215), ("acdc", 160), ("brats_mini", 4)])
 def test_real_sets_are_read(name: str, count: int) -> None:
-    folder = Path(os.environ["GENMED_DATA"]) / name
-    if not folder.is_dir():
-        pytest.skip(f"{name} is not there")
-    data = read_dataset(folder)
+    data = read_dataset(real_set(name))
     assert len(data.cases) >= count
     assert all(path.is_file() for case in data.cases for path in (*case.images, case.label) if path)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,25 +30,11 @@ from genmed.degrade import (
     thicker,
 )  # fmt: skip
 from genmed.errors import GenMedError
-from genmed.plan import Plan
 from genmed.space import apply_matrices
 from genmed.tasks.view import View, slice_profile
 from genmed.volume import Volume, read
 
-PLAN = Plan(
-    name="tiny",
-    channels=("T1",),
-    labels=("background", "front"),
-    label_values=(0, 1),
-    spacing_mm=(1.0, 1.0, 1.0),
-    patch=(16, 16, 16),
-    widths=(8, 16),
-    batch=1,
-    steps=1,
-    learning_rate=1e-3,
-    thick_slices=False,
-    extent_mm=(40.0, 40.0, 40.0),
-)
+PLAN = replace(tiny.PLAN, labels=("background", "front"), label_values=(0, 1))
 
 Generator = Callable[[Volume | Degraded], Degraded]
 SAME_GRID: dict[str, Generator] = {

@@ -1,10 +1,12 @@
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from test_report import Outline, require_self_contained
 
@@ -16,19 +18,8 @@ from genmed.plan import Plan
 from genmed.tasks.segment import Interval, Segmentation
 from genmed.volume import Volume, read
 
-PLAN = Plan(
-    name="tiny",
-    channels=("T1",),
-    labels=("background", "front", "back"),
-    label_values=(0, 1, 5),
-    spacing_mm=(4.0, 4.0, 4.0),
-    patch=(8, 8, 8),
-    widths=(8, 16),
-    batch=1,
-    steps=1,
-    learning_rate=1e-3,
-    thick_slices=False,
-    extent_mm=(40.0, 50.0, 40.0),
+PLAN = replace(
+    tiny.PLAN, label_values=(0, 1, 5), spacing_mm=(4.0, 4.0, 4.0), patch=(8, 8, 8), extent_mm=(40.0, 50.0, 40.0)
 )
 MODEL = Model(plan=PLAN, denoiser=None, folder=None, sha256="a" * 64)  # type: ignore[arg-type]
 FILES = {"index.html", "picture.png", "statistics.json", "template.nii.gz"} | {
@@ -91,7 +82,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeSegment:
 
 
 @pytest.fixture
-def tiny(tmp_path: Path) -> Path:
+def tiny_folder(tmp_path: Path) -> Path:
     """A model folder with random weights."""
     generator = torch.Generator().manual_seed(0)
     state = build(PLAN).state_dict()
@@ -208,10 +199,10 @@ def test_numbers_are_those_of_the_label_maps(fake: FakeSegment, tmp_path: Path) 
 
 
 def test_demo_runs_end_to_end_with_an_untrained_model(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("genmed.tasks.segment.STEPS", 3)
-    page = demo.run(tmp_path / "demo", str(tiny))
+    page = demo.run(tmp_path / "demo", str(tiny_folder))
     assert {path.name for path in page.parent.iterdir()} == FILES
     html = page.read_text(encoding="utf-8")
     require_self_contained(html)

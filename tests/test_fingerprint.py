@@ -1,5 +1,4 @@
 import json
-import os
 from pathlib import Path
 
 import nibabel as nib
@@ -7,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from real import real_set
 
 from genmed.data.dataset import Dataset, read_dataset
 from genmed.data.fingerprint import PATCH_VOXELS, _patch, fingerprint, plan, prepare
@@ -117,11 +117,7 @@ def test_unlabelled_cases_are_measured_without_volumes(tmp_path: Path) -> None:
     assert (measured.labelled, measured.volume_ml, measured.foreground) == (0, {}, {})
 
 
-@pytest.mark.skipif("GENMED_DATA" not in os.environ, reason="GENMED_DATA names no folder of data sets")
 def test_hippocampus_is_planned_at_1_mm(tmp_path: Path) -> None:
-    folder = Path(os.environ["GENMED_DATA"]) / "Task04_Hippocampus"
-    if not folder.is_dir():
-        pytest.skip("Task04_Hippocampus is not there")
-    prepare(folder, tmp_path)
+    prepare(real_set("Task04_Hippocampus"), tmp_path)
     planned = Plan.from_json(tmp_path / "plan.json")
     assert (planned.spacing_mm, planned.patch) == ((1.0, 1.0, 1.0), (40, 56, 40))

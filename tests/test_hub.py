@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import save
 
@@ -18,22 +19,8 @@ from genmed import hub
 from genmed.denoiser import build
 from genmed.errors import GenMedError
 from genmed.hub import Card
-from genmed.plan import Plan
 
-PLAN = Plan(
-    name="tiny",
-    channels=("T1",),
-    labels=("background", "front", "back"),
-    label_values=(0, 1, 2),
-    spacing_mm=(1.0, 1.0, 1.0),
-    patch=(8, 8, 8),
-    widths=(8, 16),
-    batch=1,
-    steps=1,
-    learning_rate=1e-3,
-    thick_slices=False,
-    extent_mm=(40.0, 40.0, 40.0),
-)
+PLAN = replace(tiny.PLAN, patch=(8, 8, 8))
 CARD = Card(
     name="tiny",
     licence="CC-BY-SA-4.0",

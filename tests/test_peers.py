@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,52 +25,21 @@ from genmed.errors import GenMedError
 from genmed.hub import load as load_model
 from genmed.hub import read_card
 from genmed.loss import Batch, JointLoss
-from genmed.plan import PRESETS, Plan
+from genmed.plan import PRESETS
 from genmed.train import BEST, CHECKPOINT, Spent, draw_batch, fair_minutes, few_shot, fit, time_spent, train
-from genmed.volume import Volume
 
 IDS = [f"case_{number}" for number in range(1, 7)]
 SPLIT = {"dataset": "Tiny", "train": IDS[:4], "tune": IDS[4:5], "report": IDS[5:]}
-PLAN = Plan(
-    name="tiny",
-    channels=("MRI",),
-    labels=("background", "front", "back"),
-    label_values=(0, 1, 2),
-    spacing_mm=(1.0, 1.0, 1.0),
-    patch=(16, 16, 16),
-    widths=(8, 16),
-    batch=2,
-    steps=1,
-    learning_rate=1e-3,
-    thick_slices=False,
-    extent_mm=(40.0, 40.0, 40.0),
-)
+PLAN = replace(tiny.PLAN, batch=2)
 HIPPOCAMPI = Split("hippocampus", tuple(f"hippocampus_{n:03d}" for n in range(1, 41)), (), ())
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two bright blocks in noise, in MSD layout; the scans have different sizes."""
-    folder = tmp_path_factory.mktemp("Tiny")
     rng = np.random.default_rng(0)
-    for number, id in enumerate(IDS):
-        label = np.zeros((1, 20 + number, 16, 16), np.uint8)
-        x, y, z = rng.integers(2, 5, 3)
-        label[0, x : x + 8, y : y + 8, z : z + 8] = 1
-        label[0, x + 8 : x + 14, y : y + 8, z : z + 8] = 2
-        image = (100 * label + rng.normal(0, 10, label.shape)).astype(np.float32)
-        for part, array in (("imagesTr", image), ("labelsTr", label)):
-            (folder / part).mkdir(exist_ok=True)
-            Volume(array, np.eye(4)).save(folder / part / f"{id}.nii.gz")
-    about = {
-        "name": "Tiny",
-        "modality": {"0": "MRI"},
-        "labels": {"0": "background", "1": "front", "2": "back"},
-        "training": [{"image": f"./imagesTr/{id}.nii.gz", "label": f"./labelsTr/{id}.nii.gz"} for id in IDS],
-        "test": [],
-    }
-    (folder / "dataset.json").write_text(json.dumps(about))
-    return folder
+    cases = {id: tiny.blocks(rng, (20 + number, 16, 16)) for number, id in enumerate(IDS)}
+    return tiny.write_msd(tmp_path_factory.mktemp("Tiny"), "Tiny", PLAN.labels, cases)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +50,7 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_preset(monkeypatch: pytest.MonkeyPatch) -> None:
     from genmed.data import fingerprint
 
     monkeypatch.setitem(PRESETS, "small", PRESETS["small"]._replace(widths=(8, 16, 24), batch=1))

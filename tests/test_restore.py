@@ -1,6 +1,7 @@
 import gzip
 import json
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,10 +10,12 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_run import MODEL, SHAPE, names, scan, table, write
 from test_segment import PLAN, random_denoiser
+from torch import Tensor
 from typer.testing import CliRunner
 
 import genmed
@@ -89,6 +92,20 @@ def test_one_sample_is_the_image_that_segment_restores(model: Model) -> None:
     np.testing.assert_allclose(result.image.data, slope * found.image.data + shift, rtol=1e-4)
     assert result.residual == pytest.approx(found.residual) and result.deviation is None
     assert (result.match, result.seed) == ("none", 5)
+
+
+@pytest.mark.parametrize(("match", "measured"), [("auto", 1), ("affine", 0)])
+def test_surprise_is_computed_only_where_it_decides(
+    model: Model, monkeypatch: pytest.MonkeyPatch, match: str, measured: int
+) -> None:
+    calls: list[Tensor] = []
+    monkeypatch.setattr("genmed.tasks.segment.features", lambda *given: calls.append(given[2]) or torch.zeros(1, 3))
+    monkeypatch.setattr("genmed.tasks.segment.surprise", lambda *given: torch.zeros(1))  # nothing surprises
+    known = replace(model, plan=replace(PLAN, typical=(1.0,) * 8))
+    found = restore(known, picture(), match=match, samples=3)
+    assert len(calls) == measured and known.plan.typical == (1.0,) * 8
+    plain = restore(model, picture(), match="none" if match == "auto" else match, samples=3)
+    assert found.match == plain.match and found.image.data.tobytes() == plain.image.data.tobytes()
 
 
 def test_same_seed_gives_the_same_bytes_and_another_seed_does_not(model: Model) -> None:

@@ -1,37 +1,26 @@
 import errno
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
 import pytest
+import tiny
 
 from genmed import volume
 from genmed.errors import GenMedError
 from genmed.hub import Model
-from genmed.plan import Plan
+from genmed.space import on_grid
 from genmed.tasks import run
 from genmed.tasks.inputs import find_cases
 from genmed.tasks.run import Options, Outcome, segment_files
 from genmed.tasks.segment import Segmentation
 from genmed.volume import Volume
 
-PLAN = Plan(
-    name="tiny",
-    channels=("T1",),
-    labels=("background", "front", "back"),
-    label_values=(0, 1, 5),
-    spacing_mm=(1.0, 1.0, 1.0),
-    patch=(8, 8, 8),
-    widths=(8, 16),
-    batch=1,
-    steps=1,
-    learning_rate=1e-3,
-    thick_slices=False,
-    extent_mm=(40.0, 40.0, 40.0),
-)
+PLAN = replace(tiny.PLAN, label_values=(0, 1, 5), patch=(8, 8, 8))
 MODEL = Model(plan=PLAN, denoiser=None, folder=None, sha256="a" * 64)  # type: ignore[arg-type]
 AFFINE = np.diag([-1.0, 2.0, 0.5, 1.0])
 SHAPE = (4, 5, 6)
@@ -321,7 +310,7 @@ def test_masks_of_a_folder_belong_to_cases(fake: FakeSegment, ten: Path) -> None
 
 
 def test_channels_of_a_case_are_read_together(fake: FakeSegment, tmp_path: Path) -> None:
-    model = Model(Plan(**{**vars(PLAN), "channels": ("T1", "T2")}), None, None, "a" * 64)  # type: ignore[arg-type]
+    model = Model(replace(PLAN, channels=("T1", "T2")), None, None, "a" * 64)  # type: ignore[arg-type]
     for case in ("a", "b"):
         for channel in range(2):
             write(tmp_path / "in" / f"{case}_{channel:04d}.nii.gz", scan(channel))
@@ -378,7 +367,7 @@ def test_dicom_folder_is_one_case_and_folder_of_those_several(tmp_path: Path) ->
 def test_mean_intensity_on_a_coarser_grid_is_that_of_the_voxels_there(tmp_path: Path) -> None:
     image = Volume(np.arange(8, dtype=np.float32).reshape(1, 8, 1, 1), np.eye(4))
     coarse = Volume(np.array([1, 1, 0, 0], dtype=np.uint8).reshape(1, 4, 1, 1), np.diag([2.0, 1, 1, 1]))
-    values = run._on_grid(image, coarse.grid)
+    values = on_grid(image, coarse.grid, order=0)
     assert values[0, :, 0, 0].tolist() == [0, 2, 4, 6]
     result = Segmentation(coarse, None, {}, 0.0, "conditional", "none", 0.0, 0, None)
     row = run.measure(result, values, PLAN)["front"]

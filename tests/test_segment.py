@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,27 +13,13 @@ from hypothesis import strategies as st
 from genmed.denoiser import Denoiser, build
 from genmed.errors import GenMedError
 from genmed.hub import Card, Model, save_model
-from genmed.plan import Plan
 from genmed.space import Space, apply_matrices, overlap_matrix
 from genmed.surprise import histogram
 from genmed.tasks.segment import MATCHES, Found, attempts_at, conditional, segment
 from genmed.tasks.view import SIGMA_Y, View, noise_level, slice_profile
 from genmed.volume import Volume
 
-PLAN = Plan(
-    name="tiny",
-    channels=("T1",),
-    labels=("background", "front", "back"),
-    label_values=(0, 1, 5),
-    spacing_mm=(1.0, 1.0, 1.0),
-    patch=(16, 16, 16),
-    widths=(8, 16),
-    batch=1,
-    steps=1,
-    learning_rate=1e-3,
-    thick_slices=False,
-    extent_mm=(40.0, 40.0, 40.0),
-)
+PLAN = replace(tiny.PLAN, label_values=(0, 1, 5))
 OBLIQUE = np.array([[0.0, -0.98, 0.199, 10], [-1.0, 0, 0, 20], [0, 0.199, 0.98, -5], [0, 0, 0, 1]])
 GUIDED = ("joint", "joint-base", "restore-then-condition")
 

@@ -1,11 +1,10 @@
 """The bundled models on real scans of the tune part, where `GENMED_DATA` names the folder of public sets."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
+from real import real_set
 
 from genmed.data.dataset import read_dataset
 from genmed.data.split import read_split
@@ -16,10 +15,7 @@ from genmed.space import Space
 from genmed.tasks.segment import segment
 from genmed.volume import Volume, read, read_labels
 
-DATA = os.environ.get("GENMED_DATA")
 SPLIT = Path(__file__).parents[1] / "genmed" / "bench" / "splits" / "hippocampus.json"
-
-pytestmark = pytest.mark.skipif(not DATA, reason="needs the real hippocampus set below GENMED_DATA")
 
 
 def mean_dice(model: Model, scan: Volume, truth: Volume, options: dict[str, Any]) -> float:
@@ -31,7 +27,7 @@ def mean_dice(model: Model, scan: Volume, truth: Volume, options: dict[str, Any]
 
 
 def test_shipped_model_segments_clean_scans_and_rescues_coarse_ones() -> None:
-    dataset = read_dataset(Path(str(DATA)) / "Task04_Hippocampus")
+    dataset = read_dataset(real_set("Task04_Hippocampus"))
     model = load("hippocampus-mr")
     ids = read_split(SPLIT, dataset.ids).tune
     pairs = [(read(dataset.case(id).images), read_labels(dataset.case(id).label)) for id in (ids[0], ids[8], ids[16])]
@@ -44,7 +40,7 @@ def test_shipped_model_segments_clean_scans_and_rescues_coarse_ones() -> None:
 
 
 def test_an_inverted_scan_is_noticed_and_segmented_without_a_flag() -> None:
-    dataset = read_dataset(Path(str(DATA)) / "Task04_Hippocampus")
+    dataset = read_dataset(real_set("Task04_Hippocampus"))
     case = dataset.case(read_split(SPLIT, dataset.ids).tune[8])
     assert case.label is not None
     model, scan, truth = load("hippocampus-mr"), read(case.images), read_labels(case.label)
@@ -59,7 +55,7 @@ def test_an_inverted_scan_is_noticed_and_segmented_without_a_flag() -> None:
 
 
 def test_shipped_heart_model_segments_stacks_in_either_slice_order() -> None:
-    dataset = read_dataset(Path(str(DATA)) / "acdc")
+    dataset = read_dataset(real_set("acdc"))
     ids = read_split(SPLIT.with_name("acdc.json"), dataset.ids).tune
     model, scores = load("heart-mr"), []
     for id, step in ((ids[0], 1), (ids[5], -1), (ids[10], 1)):

@@ -18,10 +18,11 @@ from genmed.space import (
     Space,
     apply_matrices,
     linear_matrix,
+    on_grid,
     overlap_matrix,
     resample_matrix,
 )
-from genmed.volume import Grid
+from genmed.volume import Grid, Volume
 
 quick = settings(max_examples=60, deadline=None)
 sizes = st.integers(1, 40)
@@ -32,6 +33,8 @@ ALL_48 = [
     for axes in itertools.permutations(range(3))
     for signs in itertools.product((1, -1), repeat=3)
 ]
+
+TURN = np.array([[0, -1.5, 0, 7], [0, 0, 2, -3], [-1, 0, 0, 5], [0, 0, 0, 1.0]])  # axes exchanged and flipped
 
 
 def turned_affine(
@@ -563,3 +566,50 @@ def test_inputs_are_never_changed() -> None:
         space = Space.fit(Grid((6, 7, 8), np.eye(4)), spacing)
         space.to_input(space.to_model(data))
     assert np.array_equal(data, before)
+
+
+# Other grids
+
+
+@given(
+    st.permutations((0, 1, 2)),
+    st.tuples(*[st.sampled_from((1, -1))] * 3),
+    st.tuples(*[st.integers(-3, 3)] * 3),
+    st.sampled_from((0, 1)),
+)
+def test_values_on_a_turned_grid_are_the_voxels_themselves(
+    axes: list[int], flips: tuple[int, ...], shift: tuple[int, ...], order: int
+) -> None:
+    data = np.random.default_rng(0).normal(size=(1, 5, 6, 7)).astype(np.float32)
+    step = np.zeros((4, 4))  # new index -> old index
+    step[3, 3] = 1
+    for new, old in enumerate(axes):
+        step[old, new] = flips[new]
+        step[old, 3] = (data.shape[1 + old] - 1 if flips[new] < 0 else 0) + shift[new]
+    shape = tuple(data.shape[1 + old] for old in axes)
+    found = on_grid(Volume(data, TURN), Grid(shape, TURN @ step), order=order)
+    index = np.einsum("ij,jxyz->ixyz", step[:3, :3], np.indices(shape)) + step[:3, 3, None, None, None]
+    x, y, z = (np.clip(index[k], 0, data.shape[1 + k] - 1).astype(int) for k in range(3))
+    np.testing.assert_allclose(found, data[:, x, y, z], atol=1e-5)
+
+
+def test_linear_fields_are_exact_on_a_rotated_grid() -> None:
+    c, s = np.cos(0.4), np.sin(0.4)
+    rotated = np.array([[c, -s, 0, 6], [s, c, 0, 3], [0, 0, 0.7, 2], [0, 0, 0, 1]])
+    coarse = Grid((10, 10, 10), np.diag([2, 2, 2, 1.0]))
+
+    def field(grid: Grid) -> np.ndarray:
+        world = np.einsum("ij,jxyz->ixyz", grid.affine[:3, :3], np.indices(grid.shape))
+        return np.einsum("i,ixyz->xyz", [0.3, -0.2, 0.5], world + grid.affine[:3, 3, None, None, None])[None]
+
+    fine = Grid((6, 8, 9), rotated)
+    np.testing.assert_allclose(on_grid(Volume(field(coarse), coarse.affine), fine, order=1), field(fine), atol=1e-5)
+
+
+def test_nearest_voxels_keep_their_type_and_linear_ones_do_not() -> None:
+    labels = Volume(np.arange(8, dtype=np.int16).reshape(1, 8, 1, 1), np.eye(4))
+    coarse = Grid((4, 1, 1), np.diag([2.0, 1, 1, 1]))
+    assert on_grid(labels, coarse, order=0).dtype == np.int16
+    assert on_grid(labels, coarse, order=0)[0, :, 0, 0].tolist() == [0, 2, 4, 6]
+    between = Grid((4, 1, 1), np.array([[2, 0, 0, 0.5], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]]))
+    assert on_grid(labels, between, order=1)[0, :, 0, 0].tolist() == [0.5, 2.5, 4.5, 6.5]

@@ -1,5 +1,4 @@
 import json
-import os
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -7,6 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from real import real_set
 
 from genmed.data.dataset import read_dataset
 from genmed.data.split import PARTS, Split, person, read_split, three_way, validate, write_split
@@ -112,9 +112,5 @@ def test_the_published_hippocampus_split_keeps_persons_apart() -> None:
     assert json.loads(HIPPOCAMPUS.read_text())["subjects"] == "(id + 1) // 2"
 
 
-@pytest.mark.skipif("GENMED_DATA" not in os.environ, reason="GENMED_DATA names no folder of data sets")
 def test_the_published_hippocampus_split_matches_the_real_folder() -> None:
-    folder = Path(os.environ["GENMED_DATA"]) / "Task04_Hippocampus"
-    if not folder.is_dir():
-        pytest.skip("Task04_Hippocampus is not there")
-    read_split(HIPPOCAMPUS, known_ids=read_dataset(folder).ids)
+    read_split(HIPPOCAMPUS, known_ids=read_dataset(real_set("Task04_Hippocampus")).ids)

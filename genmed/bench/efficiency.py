@@ -5,7 +5,6 @@
 Each row is one schedule of `genmed.tasks.segment.guided_pair`; the defaults there were chosen from this table.
 """
 
-import argparse
 import csv
 import time
 from collections.abc import Callable, Sequence
@@ -15,18 +14,18 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from genmed.bench.cases import HIPPOCAMPUS, cases_of_part, hippocampus_options
 from genmed.data.dataset import read_dataset
-from genmed.data.split import person, read_split
+from genmed.data.split import person
 from genmed.degrade import Degraded, coarser, inverted, keep_slices, tent
 from genmed.files import write_bytes
 from genmed.hub import Model, load
 from genmed.metrics import bootstrap_interval, dice
 from genmed.samplers import schedule
+from genmed.space import on_grid
 from genmed.tasks.segment import MATCHES, attempts_at, evaluations, guided_pair
 from genmed.tasks.view import View
 from genmed.volume import Volume, read, read_labels
-
-SPLIT = Path(__file__).parent / "splits" / "hippocampus.json"
 
 
 class Schedule(NamedTuple):
@@ -65,8 +64,7 @@ class Row(NamedTuple):
 def measure(model: Model, data: Path, part: str, cases: int | None) -> list[Row]:
     """All schedules on all inputs, restore-then-condition; Dice on the working grid."""
     dataset = read_dataset(data)
-    ids = getattr(read_split(SPLIT, dataset.ids), part)
-    chosen = ids if cases is None else ids[:: max(1, len(ids) // cases)][:cases]
+    chosen = cases_of_part(dataset, HIPPOCAMPUS, part, cases)
     rows = []
     for name, (degrade, match) in INPUTS.items():
         for of in SCHEDULES:
@@ -84,7 +82,7 @@ def _row(model: Model, name: str, match: str, of: Schedule, id: str, worse: Degr
     plan = model.plan
     view = View.of(plan, worse.scan, worse.observed, worse.slice_thickness_mm)
     mode = attempts_at(view, "restore-then-condition", match)[0][0]
-    true = view_labels(view, truth, plan.label_values)
+    true = np.searchsorted(plan.label_values, on_grid(truth, view.space.model, order=0)[0])
     started = time.monotonic()
     with torch.no_grad():
         seeds = list(range(of.samples))
@@ -94,18 +92,6 @@ def _row(model: Model, name: str, match: str, of: Schedule, id: str, worse: Degr
     score = np.mean([dice(found == c, true == c) for c in range(1, len(plan.labels))])
     calls = evaluations(schedule(plan.sigma_max, plan.sigma_min, of.steps), of.travels)
     return Row(name, of, calls, id, float(score), seconds)
-
-
-def view_labels(view: View, truth: Volume, values: Sequence[int]) -> np.ndarray:
-    """True classes on the working grid of a view, (x, y, z): nearest voxel of the truth's own grid."""
-    from scipy.ndimage import map_coordinates
-
-    grid = view.space.model
-    index = np.stack(np.meshgrid(*[np.arange(n) for n in grid.shape], indexing="ij")).reshape(3, -1)
-    to_truth = np.linalg.inv(truth.affine) @ grid.affine
-    places = to_truth[:3, :3] @ index + to_truth[:3, 3:]
-    nearest = map_coordinates(truth.data[0], places, order=0, mode="nearest").reshape(grid.shape)
-    return np.searchsorted(np.asarray(values), nearest)
 
 
 def table(rows: Sequence[Row], people: dict[str, str]) -> str:
@@ -158,11 +144,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
 def main() -> None:
     """Parse the command line, print the table, write table, CSV and plot."""
-    parser = argparse.ArgumentParser(description="Quality against network evaluations.")
-    parser.add_argument("--model", default="hippocampus-mr")
-    parser.add_argument("--data", type=Path, required=True, help="the MSD hippocampus set")
-    parser.add_argument("--part", choices=("tune", "report"), default="tune")
-    parser.add_argument("--cases", type=int, help="so many evenly spread cases; default all")
+    parser = hippocampus_options("Quality against network evaluations.")
     parser.add_argument("--out", type=Path, required=True, help="folder for table, CSV and plot")
     a = parser.parse_args()
     a.out.mkdir(parents=True, exist_ok=True)

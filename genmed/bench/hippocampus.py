@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from genmed.bench import peers
+from genmed.bench.cases import HIPPOCAMPUS
 from genmed.data.dataset import Dataset, read_dataset
 from genmed.data.split import person, read_split
 from genmed.errors import GenMedError
@@ -30,7 +31,6 @@ from genmed.tasks.view import View
 from genmed.train import CHECKPOINT, fair_minutes, train
 from genmed.volume import Volume, read
 
-SPLIT = Path(__file__).parent / "splits" / "hippocampus.json"
 COARSE_MM, COARSE_SHARE = 2.0, 0.2  # both are pre-trained on a coarser grid for this share of the minutes
 MISSED_MM = 100.0  # HD95 of a structure that was missed altogether
 PLATEAU = (0.5, 0.75, 0.9, 1.0)  # shares of the minutes at which the table tells the tune Dice
@@ -57,7 +57,7 @@ def run(
     model: str | Path | None = None,
     peer: str | Path | None = None,
     preset: str = "base",
-    split: str | Path = SPLIT,
+    split: str | Path = HIPPOCAMPUS,
     steps: int | None = None,
 ) -> str:
     """Train what is not given, evaluate both on the report part, print the table and write it to `out`.

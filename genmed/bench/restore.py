@@ -7,16 +7,15 @@ and SSIM is that of the true scan. A translated image has no units of its own, s
 scored after the affine intensity map that fits the truth best; plain interpolation has nothing to do there.
 """
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from genmed.bench.tables import SETS
+from genmed.bench.cases import HIPPOCAMPUS, cases_of_part, hippocampus_options
 from genmed.data.dataset import read_dataset
-from genmed.data.split import person, read_split
+from genmed.data.split import person
 from genmed.degrade import Degraded, coarser, inverted, keep_slices
 from genmed.hub import Model, load
 from genmed.metrics import bootstrap_interval, psnr, ssim
@@ -91,8 +90,7 @@ def scores(
 def run(model: Model, data: Path, part: str, cases: int | None, samples: int | None) -> None:
     """Print the table row by row."""
     dataset = read_dataset(data)
-    ids = getattr(read_split(SETS["hippocampus"].split, dataset.ids), part)
-    chosen = ids if cases is None else ids[:: max(1, len(ids) // cases)][:cases]
+    chosen = cases_of_part(dataset, HIPPOCAMPUS, part, cases)
     people = [person(dataset.name, id) for id in chosen]
     print(f"PSNR in dB and SSIM on {len(chosen)} {part} cases, mean and 95 % interval (bootstrap by person)\n")
     titles = [f"{method} {metric}" for method in METHODS for metric in ("PSNR", "SSIM")]
@@ -120,11 +118,7 @@ def _cells(found: list[Fidelity], people: list[str]) -> str:
 
 def main() -> None:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description="Restored hippocampus scans.")
-    parser.add_argument("--model", default="hippocampus-mr")
-    parser.add_argument("--data", type=Path, required=True, help="the MSD hippocampus set")
-    parser.add_argument("--part", choices=("tune", "report"), default="tune")
-    parser.add_argument("--cases", type=int, help="so many evenly spread cases; default all")
+    parser = hippocampus_options("Restored hippocampus scans.")
     parser.add_argument("--samples", type=int, help="guided samples per case; default that of restore")
     a = parser.parse_args()
     run(load(a.model), a.data, a.part, a.cases, a.samples)

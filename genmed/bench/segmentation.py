@@ -19,6 +19,7 @@ import numpy as np
 
 from genmed import hub
 from genmed.bench import peers
+from genmed.bench.cases import cases_of_part, spread
 from genmed.bench.hippocampus import (
     MISSED_MM,
     PLATEAU,
@@ -42,11 +43,12 @@ from genmed.bench.tables import (
     TrainingSet,
 )
 from genmed.data.dataset import Dataset, read_dataset
-from genmed.data.split import PARTS, person, read_split
+from genmed.data.split import PARTS, person
 from genmed.degrade import Degraded
 from genmed.errors import GenMedError
 from genmed.files import sha256_of, write_bytes
 from genmed.metrics import bootstrap_interval, dice, hd95, nsd
+from genmed.space import on_grid
 from genmed.surprise import LIMIT
 from genmed.tasks.segment import SAMPLES, STEPS, TRAVELS, segment
 from genmed.tasks.view import View
@@ -190,10 +192,9 @@ def cases_of(
 ) -> tuple[Dataset, tuple[str, ...]]:
     """The data set of an input and its cases: of one part, evenly spread; of a set never trained on, all."""
     dataset = read_dataset(lab.data / (input.folder or training.folder))
-    ids = dataset.ids if input.folder else getattr(read_split(training.split, dataset.ids), part)
-    if not ids:
-        raise GenMedError(f"{training.split}: part '{part}' holds no case; choose another.")
-    return dataset, ids if count is None else ids[:: max(1, len(ids) // count)][:count]
+    return dataset, (
+        spread(dataset.ids, count) if input.folder else cases_of_part(dataset, training.split, part, count)
+    )
 
 
 def persons(dataset: Dataset, ids: Iterable[str]) -> dict[str, str]:
@@ -334,25 +335,13 @@ def score(soft: Volume, seen: Grid, truth: Volume, names: Mapping[int, str]) -> 
     inside = within(seen, truth.grid)
     if not inside.any():
         raise GenMedError(f"{truth.name}: lies outside of the scan; check both headers.")
-    found = np.asarray(list(names))[on_grid(soft, truth.grid).argmax(axis=0)]
+    found = np.asarray(list(names))[on_grid(soft, truth.grid, order=1).argmax(axis=0)]
     scores = {}
     for value, name in list(names.items())[1:]:
         masks = (found == value) & inside, (truth.data[0] == value) & inside
         overlap, spacing_mm = float(dice(*masks)), truth.spacing_mm
         scores[name] = Scores(overlap, hd95(*masks, spacing_mm), nsd(*masks, spacing_mm))
     return scores
-
-
-def on_grid(volume: Volume, grid: Grid) -> np.ndarray:
-    """Values (c, x, y, z) at a grid's voxel centres, linear between the volume's, constant beyond the outermost."""
-    from scipy.ndimage import affine_transform
-
-    step = np.linalg.inv(volume.affine) @ grid.affine
-    channels = [
-        affine_transform(channel.astype(np.float32), step[:3, :3], step[:3, 3], grid.shape, order=1, mode="nearest")
-        for channel in volume.data
-    ]
-    return np.stack(channels)
 
 
 def within(seen: Grid, grid: Grid) -> np.ndarray:

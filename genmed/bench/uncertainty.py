@@ -6,7 +6,6 @@ Clean scans and degraded versions of the same are segmented on the working grid 
 Every finished case is kept in cases.csv and reliability.csv and is not run again.
 """
 
-import argparse
 import csv
 import io
 import json
@@ -22,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from genmed.bench.cases import HIPPOCAMPUS, cases_of_part, hippocampus_options
 from genmed.calibration import (
     Reliability,
     attainable_coverage,
@@ -35,7 +35,7 @@ from genmed.calibration import (
     roc_auc_interval,
 )
 from genmed.data.dataset import Case, read_dataset
-from genmed.data.split import person, read_split
+from genmed.data.split import person
 from genmed.degrade import Degraded, coarser, inverted, keep_slices
 from genmed.errors import GenMedError
 from genmed.files import write_bytes, write_json
@@ -46,7 +46,6 @@ from genmed.tasks.segment import Interval, Segmentation, infer, segment
 from genmed.tasks.view import View
 from genmed.volume import Volume, read, read_labels, require_same_grid
 
-SPLIT = Path(__file__).parent / "splits" / "hippocampus.json"
 SAMPLES = 8
 BINS = 15
 NEAR_MM = 2.0  # from a true or predicted boundary
@@ -103,7 +102,7 @@ Findings = dict[tuple[str, str], Finding]  # by input and case
 
 def run(
     model: Model, data: Path, out: Path, *,
-    part: str = "tune", cases: int | None = None, samples: int = SAMPLES, split: Path = SPLIT,
+    part: str = "tune", cases: int | None = None, samples: int = SAMPLES, split: Path = HIPPOCAMPUS,
 ) -> str:  # fmt: skip
     """Segment what is not finished, print the table and write it to `out`, with a picture and a row per case.
 
@@ -117,10 +116,7 @@ def run(
     if samples < 2 or (cases is not None and cases < 1):
         raise GenMedError(f"{samples} samples of {cases} cases; give at least 2 samples and 1 case.")
     dataset = read_dataset(data)
-    ids = getattr(read_split(split, dataset.ids), part)
-    if not ids:
-        raise GenMedError(f"{split}: part '{part}' holds no case; choose another.")
-    chosen = ids if cases is None else ids[:: max(1, len(ids) // cases)][:cases]
+    chosen = cases_of_part(dataset, split, part, cases)
     _same_as_before(out, {"weights_sha256": model.sha256, "samples": samples, "bins": BINS, "near_mm": NEAR_MM})
     findings = read_findings(out)
     wanted = [(name, id) for name in INPUTS for id in chosen]
@@ -374,11 +370,7 @@ def _draw_panel(axes: Any, title: str, curves: Mapping[str, Reliability]) -> Non
 
 def main() -> None:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description="Is the model as sure as it should be, on clean and degraded scans?")
-    parser.add_argument("--model", default="hippocampus-mr")
-    parser.add_argument("--data", type=Path, required=True, help="the MSD hippocampus set")
-    parser.add_argument("--part", choices=("tune", "report"), default="tune")
-    parser.add_argument("--cases", type=int, help="so many evenly spread cases; default all")
+    parser = hippocampus_options("Is the model as sure as it should be, on clean and degraded scans?")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="samples per case (%(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="folder of tables and picture; run again to go on")
     a = parser.parse_args()

@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import nibabel as nib
@@ -134,6 +134,8 @@ def _average(
     drawn: list[Volume] = []
     residuals: list[float] = []
     for number in range(count):
+        if match != "auto":  # nothing is left that surprise decides, so it need not be computed
+            model = replace(model, plan=replace(model.plan, typical=()))
         found = segment(
             model, scan, mode="restore-then-condition", match=match, samples=1, seed=seed + number * SEED_STEP,
             grid="model", observed=observed, slice_thickness_mm=slice_thickness_mm, roi_mm=roi_mm,
@@ -142,9 +144,11 @@ def _average(
         assert found.image is not None
         match = found.match  # what was chosen for the first sample holds for all
         slice_thickness_mm = found.slice_thickness_mm or math.inf  # infinite: all of the slice spacing
-        space = Space.fit(scan.grid, model.plan.spacing_mm, slice_axis_last=model.plan.thick_slices, roi_mm=roi_mm)
-        drawn.append(found.image.like(units(found.image.data, scan, _seen(scan, observed, space), space)))
+        drawn.append(found.image)
         residuals.append(found.residual)
+    space = Space.fit(scan.grid, model.plan.spacing_mm, slice_axis_last=model.plan.thick_slices, roi_mm=roi_mm)
+    seen = _seen(scan, observed, space)
+    drawn = [image.like(units(image.data, scan, seen, space)) for image in drawn]
     images = np.stack([image.data for image in drawn]).astype(np.float64)
     mean, spread = images.mean(axis=0), images.std(axis=0, ddof=1) if count > 1 else None
     return Restoration(

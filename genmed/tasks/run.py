@@ -24,11 +24,12 @@ from genmed.errors import GenMedError
 from genmed.files import sha256_of, write_json
 from genmed.hub import Model
 from genmed.plan import Plan
+from genmed.space import on_grid
 from genmed.tasks.inputs import ScanCase, find_cases, stem
 from genmed.tasks.preview import save_preview
 from genmed.tasks.restore import Restoration, restore, save_synthetic, translate
 from genmed.tasks.segment import MATCHES, MODES, Progress, Segmentation, segment
-from genmed.volume import Grid, Volume, read
+from genmed.volume import Volume, read
 
 CHOICES = {"mode": MODES, "match": ("auto", *MATCHES), "grid": ("input", "model")}
 Box = tuple[tuple[float, float], tuple[float, float], tuple[float, float]]
@@ -225,7 +226,7 @@ def _segmented(
         roi_mm=options.roi_mm,
         progress=progress,
     )
-    shown = _on_grid(_only_observed(scan, observed), result.labels.grid)
+    shown = on_grid(_only_observed(scan, observed), result.labels.grid, order=0)
     files: dict[str, Callable[[Path], None]] = {"nii.gz": result.labels.save}
     if options.probabilities:
         files["probabilities.nii.gz"] = _probabilities(result, id).save
@@ -332,18 +333,6 @@ def _only_observed(scan: Volume, observed: Volume | None) -> Volume:
     if observed is None:
         return scan
     return scan.like(np.where(observed.data.astype(bool), scan.data, np.float32(np.nan)))
-
-
-def _on_grid(image: Volume, grid: Grid) -> np.ndarray:
-    """Image values (c, x, y, z) at the voxel centres of another grid, nearest voxel."""
-    if image.grid.shape == grid.shape and np.array_equal(image.affine, grid.affine):
-        return image.data
-    from scipy.ndimage import affine_transform
-
-    step = np.linalg.inv(image.affine) @ grid.affine
-    return np.stack(
-        [affine_transform(c, step, output_shape=grid.shape, order=0, mode="nearest") for c in image.data]
-    )
 
 
 def _probabilities(result: Segmentation, id: str) -> Volume:
