@@ -18,7 +18,7 @@ from genmed.errors import GenMedError
 from genmed.files import write_bytes
 from genmed.hub import Model
 from genmed.space import Intensity, Space
-from genmed.tasks.segment import Progress, segment
+from genmed.tasks.segment import MONOTONE, Progress, segment
 from genmed.volume import Volume
 
 SAMPLES = 4  # guided trajectories that are averaged
@@ -134,7 +134,7 @@ def _average(
     drawn: list[Volume] = []
     residuals: list[float] = []
     for number in range(count):
-        if match != "auto":  # nothing is left that surprise decides, so it need not be computed
+        if match not in ("auto", *MONOTONE):  # nothing is left for which clean cases must be known
             model = replace(model, plan=replace(model.plan, typical=()))
         found = segment(
             model, scan, mode="restore-then-condition", match=match, samples=1, seed=seed + number * SEED_STEP,
