@@ -187,8 +187,8 @@ def attempts_at(view: View, mode: str, match: str) -> list[Attempt]:
     steered = "restore-then-condition" if mode in ("auto", "conditional") else mode
     usual = "affine" if view.coarse else "none"
     first = Attempt(steered, usual if match == "auto" else match)
-    if mode == "conditional" or (mode == "auto" and view.complete and match in ("auto", "none")):
-        first = Attempt("conditional", "none")
+    if mode == "conditional" or (mode == "auto" and view.complete and match in ("auto", "none", *MONOTONE)):
+        first = Attempt("conditional", match if match in MONOTONE else "none")
     if mode == "conditional" or match != "auto":
         return [first]
     others = [Attempt(steered, other) for other in OTHER_MODALITY if (steered, other) != first[:2]]
