@@ -386,7 +386,8 @@ def _report_failures(outcome: Outcome) -> None:
 @app.command()
 def view(
     files: Annotated[
-        list[Path], typer.Argument(metavar="FILE...", help="Meshes (STL, PLY, OBJ; in mm) and label maps, 1 to 12.")
+        list[Path],
+        typer.Argument(metavar="FILE...", help="Meshes (STL, PLY, OBJ, VTP; in mm) and label maps, 1 to 12."),
     ],
     out: Annotated[Path, typer.Option(help="The page, an .html file.")],
     truth: Annotated[
