@@ -386,7 +386,8 @@ def _report_failures(outcome: Outcome) -> None:
 @app.command()
 def view(
     files: Annotated[
-        list[Path], typer.Argument(metavar="FILE...", help="Meshes (STL, PLY, OBJ; in mm) and label maps, 1 to 12.")
+        list[Path],
+        typer.Argument(metavar="FILE...", help="Meshes (STL, PLY, OBJ, VTP; in mm) and label maps, 1 to 12."),
     ],
     out: Annotated[Path, typer.Option(help="The page, an .html file.")],
     truth: Annotated[
@@ -638,9 +639,9 @@ def build_shapes(
     Writes signed distances, an index with captions and measures, a card, thumbnails, and reasons.csv, which says what
     was left out. The same command goes on where it stopped; bad files do not stop it.
     """
-    from genmed.data.build_shapes import build_shapes as run
+    from genmed.data.shapes.build import build_shapes as run
 
-    outcome = run(sources, out, size, workers, ray, unseen or (), unit, seed, _command_line())
+    outcome = run(sources, out, size, workers, ray, unseen or (), unit, seed)
     before = ", built before" if outcome.finished_before else ""
     reasons = outcome.folder / "reasons.csv"
     typer.echo(f"{outcome.shapes} shapes{before}; {outcome.left_out} left out, {reasons} says why")

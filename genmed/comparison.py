@@ -14,12 +14,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from importlib.resources import files
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from genmed.errors import GenMedError
+from genmed.mesh import Triangles, decimated
 from genmed.volume import Volume
 
 OBSERVED, UNOBSERVED, REDUNDANT = 0, 1, 2
@@ -28,16 +29,6 @@ COLOURS = ("#56b4e9", "#e69f00", "#b5367f", "#009e73", "#f0e442", "#d55e00", "#0
 PLAIN = 255  # the class of matter without one
 MAX_COLUMNS = 12
 MAX_FACES = 60_000
-
-
-class Mesh(Protocol):
-    """Whatever has vertices (n, 3) in mm and triangles (m, 3) of their numbers, such as a `trimesh.Trimesh`."""
-
-    @property
-    def vertices(self) -> np.ndarray: ...
-
-    @property
-    def faces(self) -> np.ndarray: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +41,7 @@ class Column:
     """
 
     title: str
-    mesh: Mesh
+    mesh: Triangles
     classes: UInt8[np.ndarray, " n"] | None = None
     figures: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
@@ -60,7 +51,7 @@ def comparison_page(
     columns: Sequence[Column],
     *,
     title: str = "Comparison",
-    truth: Mesh | None = None,
+    truth: Triangles | None = None,
     planes: Sequence[Float[np.ndarray, "4 3"]] = (),
     classes: Sequence[str] = MATTER,
     notes: Sequence[str] = (),
@@ -167,19 +158,18 @@ def _light(column: Column) -> Column:
     count = len(column.mesh.faces)
     if count <= MAX_FACES:
         return column
-    import fast_simplification
     from scipy.spatial import cKDTree
-    from trimesh import Trimesh
 
-    points = np.asarray(column.mesh.vertices, dtype=np.float64)
-    vertices, faces = fast_simplification.simplify(points, np.asarray(column.mesh.faces), target_count=MAX_FACES)
-    classes = None if column.classes is None else column.classes[cKDTree(points).query(vertices)[1]]
-    text = f"Shown with {len(faces):,} of its {count:,} triangles.".replace(",", "\u202f")
+    light = decimated(column.mesh, MAX_FACES)
+    classes = None
+    if column.classes is not None:
+        classes = column.classes[cKDTree(column.mesh.vertices).query(light.vertices)[1]]
+    text = f"Shown with {len(light.faces):,} of its {count:,} triangles.".replace(",", "\u202f")
     note = f"{column.note} {text}".strip()
-    return Column(column.title, Trimesh(vertices, faces, process=False), classes, column.figures, note)
+    return Column(column.title, light, classes, column.figures, note)
 
 
-def _scene(columns: Sequence[Column], ghost: Mesh | None, planes: Sequence[np.ndarray]) -> dict[str, Any]:
+def _scene(columns: Sequence[Column], ghost: Triangles | None, planes: Sequence[np.ndarray]) -> dict[str, Any]:
     """What the script reads (viewer/src/geometry.ts): numbers and base64, no text of the caller."""
     meshes = [column.mesh for column in columns] + ([] if ghost is None else [ghost])
     low = np.min([mesh.vertices.min(axis=0) for mesh in meshes], axis=0)
@@ -203,7 +193,7 @@ def _plane(corners: np.ndarray) -> list[list[float]]:
     return corners.tolist()
 
 
-def _pack(mesh: Mesh, classes: np.ndarray | None, low: np.ndarray, step: float) -> dict[str, Any]:
+def _pack(mesh: Triangles, classes: np.ndarray | None, low: np.ndarray, step: float) -> dict[str, Any]:
     """16 bit positions, 32 bit triangles and 8 bit classes, as differences in byte planes, deflated, as base64."""
     positions = np.rint((np.asarray(mesh.vertices) - low) / step).clip(0, 65535).astype("<u2")
     triangles = np.asarray(mesh.faces).astype("<u4")

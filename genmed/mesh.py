@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -35,6 +35,16 @@ MAX_PIECES = 3       # pieces that may be kept where none of them holds nearly e
 BLOCKS = (8, 4, 2)   # voxels along the sides of blocks that are looked at before single voxels, halved each time
 
 
+class Triangles(Protocol):
+    """Whatever has vertices (v, 3) and triangles (f, 3) of their numbers: a `Mesh`, a `trimesh.Trimesh`."""
+
+    @property
+    def vertices(self) -> np.ndarray: ...
+
+    @property
+    def faces(self) -> np.ndarray: ...
+
+
 @dataclass(frozen=True, eq=False)
 class Mesh:
     """A triangle surface: `vertices` in mm, `faces` as rows of three vertex numbers."""
@@ -51,6 +61,11 @@ class Mesh:
     def volume_ml(self) -> float:
         """Enclosed volume by the divergence theorem; negative where faces look inward."""
         return float(_volumes(self.vertices, self.faces).sum() / 1000)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether neighbouring faces turn the same way round and leave no hole."""
+        return not len(_boundary(self.faces))
 
 
 def require_libraries() -> None:
@@ -87,7 +102,8 @@ def read_mesh(path: str | os.PathLike[str], unit: str = "mm") -> Mesh:
     if not SMALLEST_MM <= extent <= LARGEST_MM:
         hint = "metres" if SMALLEST_MM <= extent * 1000 <= LARGEST_MM else "another unit"
         raise GenMedError(
-            f"{path}: the longest extent is {extent:.3g} mm, so the file is probably in {hint}; name its unit, m or cm."
+            f"{path}: the longest extent is {extent:.3g} mm, so the file is probably in {hint}; "
+            "convert it to mm, or name its unit where the command has --unit."
         )
     return mesh
 
@@ -149,7 +165,7 @@ def repair(mesh: Mesh, max_faces: int = MAX_FACES) -> tuple[Mesh, tuple[str, ...
     mesh = _cleaned(mesh, notes)
     if len(mesh.faces) > max_faces:
         notes.append(f"{len(mesh.faces)} faces decimated to {max_faces}")
-        mesh = _decimated(mesh, max_faces)
+        mesh = decimated(mesh, max_faces)
     mesh = _wound(mesh, notes)
     mesh = _closed(mesh, notes)
     mesh, specks = one_structure(mesh)
@@ -160,9 +176,15 @@ def repair(mesh: Mesh, max_faces: int = MAX_FACES) -> tuple[Mesh, tuple[str, ...
     return mesh, tuple(notes)
 
 
-def _cleaned(mesh: Mesh, notes: list[str]) -> Mesh:
+def merged(mesh: Mesh) -> Mesh:
+    """The same surface with equal vertices as one; STL files repeat them for every triangle."""
     surface = _as_trimesh(mesh)
     surface.merge_vertices(merge_tex=True, merge_norm=True)
+    return Mesh(np.asarray(surface.vertices, np.float64), np.asarray(surface.faces, np.int64))
+
+
+def _cleaned(mesh: Mesh, notes: list[str]) -> Mesh:
+    surface = _as_trimesh(merged(mesh))
     surface.update_faces(surface.nondegenerate_faces() & surface.unique_faces())
     surface.remove_unreferenced_vertices()
     dropped = len(mesh.faces) - len(surface.faces)
@@ -173,11 +195,12 @@ def _cleaned(mesh: Mesh, notes: list[str]) -> Mesh:
     return Mesh(np.asarray(surface.vertices, np.float64), np.asarray(surface.faces, np.int64))
 
 
-def _decimated(mesh: Mesh, faces: int) -> Mesh:
-    """Quadric edge collapse (Garland and Heckbert, SIGGRAPH 1997)."""
+def decimated(mesh: Triangles, faces: int) -> Mesh:
+    """About this many faces by quadric edge collapse (Garland and Heckbert, SIGGRAPH 1997)."""
     import fast_simplification
 
-    simple = fast_simplification.simplify(mesh.vertices, mesh.faces, target_count=faces)
+    vertices = np.asarray(mesh.vertices, np.float64)
+    simple = fast_simplification.simplify(vertices, np.asarray(mesh.faces), target_count=faces)
     return Mesh(np.asarray(simple[0], np.float64), np.asarray(simple[1], np.int64))
 
 

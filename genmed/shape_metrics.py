@@ -9,13 +9,13 @@ distance of two samples is about 2 A / (π n), not 0. State n beside the figures
 """
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 from jaxtyping import Float, Int
 from scipy.spatial import cKDTree
 
 from genmed.errors import GenMedError
+from genmed.mesh import Triangles
 
 POINTS = 2048  # of a surface, as in PointFlow (Yang et al., arXiv 1906.12320)
 LEAF = 32  # points in a leaf of the search tree; the fastest for 2,048 points
@@ -23,17 +23,7 @@ LEAF = 32  # points in a leaf of the search tree; the fastest for 2,048 points
 Points = Float[np.ndarray, "n 3"]
 
 
-class Mesh(Protocol):
-    """Triangles, as `trimesh.Trimesh` has them: vertices (v, 3) in any unit, faces (f, 3) as vertex numbers."""
-
-    @property
-    def vertices(self) -> np.ndarray: ...
-
-    @property
-    def faces(self) -> np.ndarray: ...
-
-
-def sample_surface(surface: Mesh | Float[np.ndarray, "x y z"], n: int = POINTS, seed: int = 0) -> Points:
+def sample_surface(surface: Triangles | Float[np.ndarray, "x y z"], n: int = POINTS, seed: int = 0) -> Points:
     """Points drawn evenly by area from a mesh, or from the zero level of a signed distance (Lorensen and Cline 1987).
 
     In the units of the mesh, or in voxels of the signed distance with the centre of voxel (0, 0, 0) as the origin.

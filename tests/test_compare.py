@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import os
 import re
@@ -13,8 +12,10 @@ from hypothesis import strategies as st
 from test_cli import failed_in_one_line, genmed
 from test_comparison import NASTY, ball, scene_of, unpacked
 
+from genmed import mesh as meshes
 from genmed.errors import GenMedError
-from genmed.tasks.compare import chamfer, compare_files, inside, overlap, read_shape, surface, uhd
+from genmed.mesh import Mesh, save_mesh
+from genmed.tasks.compare import compare_files, inside, overlap, read_shape, surface
 from genmed.volume import Volume, read_labels
 
 AFFINE = np.array([[-1.5, 0, 0, 40], [0, 1, 0, -7], [0, 0, 2.0, 3], [0, 0, 0, 1]])
@@ -23,6 +24,14 @@ AFFINE = np.array([[-1.5, 0, 0, 40], [0, 1, 0, -7], [0, 0, 2.0, 3], [0, 0, 0, 1]
 def voxel_ball(radius_mm: float = 12, centre: tuple[float, float, float] = (14, 20, 12)) -> np.ndarray:
     offset = (np.indices((28, 40, 24)).T - centre) * (1.5, 1, 2)
     return np.less_equal(np.linalg.norm(offset, axis=-1).T, radius_mm).astype(np.uint8)
+
+
+def plain(mesh: trimesh.Trimesh) -> Mesh:
+    return Mesh(np.asarray(mesh.vertices), np.asarray(mesh.faces))
+
+
+def box(low: tuple[float, float, float], high: tuple[float, float, float]) -> Mesh:
+    return plain(trimesh.creation.box(bounds=[low, high]))
 
 
 def label_file(path: Path, data: np.ndarray, names: dict[int, str] | None = None) -> Path:
@@ -44,7 +53,7 @@ def test_surface_of_a_mask_lies_on_the_shape_with_normals_outward(affine: np.nda
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     offset = (np.indices((28, 40, 24)).T - (14, 20, 12)) * spacing
     mesh = surface(np.linalg.norm(offset, axis=-1).T <= 9, affine)
-    assert mesh.is_watertight and mesh.volume == pytest.approx(4 / 3 * np.pi * 9**3, rel=0.03)
+    assert mesh.is_closed and 1000 * mesh.volume_ml == pytest.approx(4 / 3 * np.pi * 9**3, rel=0.03)
     distance = np.linalg.norm(mesh.vertices - centre, axis=1)
     assert np.abs(distance - 9).max() < 0.75 * spacing.max() and np.abs(distance - 9).mean() < 0.25 * spacing.max()
 
@@ -62,7 +71,8 @@ def test_smoothing_moves_no_vertex_by_more_than_a_quarter_of_a_voxel(seed: int) 
 def test_single_voxels_do_not_vanish() -> None:
     mask = np.zeros((7, 7, 4), bool)
     mask[::3, ::3, ::3] = True
-    pieces = surface(mask, np.eye(4)).split()
+    mesh = surface(mask, np.eye(4))
+    pieces = trimesh.Trimesh(mesh.vertices, mesh.faces).split()
     assert len(pieces) == 18
     for piece in pieces:
         assert 0.02 < piece.volume < 1 / 6  # 1/6 before smoothing
@@ -71,18 +81,18 @@ def test_single_voxels_do_not_vanish() -> None:
 def test_one_voxel_and_a_mask_that_fills_its_grid_have_closed_surfaces() -> None:
     for mask in (np.ones((1, 1, 1), bool), np.ones((4, 1, 3), bool)):
         mesh = surface(mask, np.eye(4))
-        assert mesh.is_watertight and mesh.volume > 0.01 * mask.size
+        assert mesh.is_closed and 1000 * mesh.volume_ml > 0.01 * mask.size
 
 
 # Figures
 
 
 def test_inside_of_a_box_is_exact() -> None:
-    box = trimesh.creation.box(bounds=[[0.9, 1.9, 2.9], [3.1, 4.1, 6.1]])
+    brick = box((0.9, 1.9, 2.9), (3.1, 4.1, 6.1))
     expected = np.zeros((6, 7, 8), bool)
     expected[1:4, 2:5, 3:7] = True
-    assert np.array_equal(inside(box, np.zeros(3), 1.0, expected.shape), expected)
-    assert np.array_equal(inside(box, np.array([2.0, 0, 0]), 0.5, (3, 9, 3)).any(axis=(0, 2)), np.zeros(9, bool))
+    assert np.array_equal(inside(brick, np.zeros(3), 1.0, expected.shape), expected)
+    assert np.array_equal(inside(brick, np.array([2.0, 0, 0]), 0.5, (3, 9, 3)).any(axis=(0, 2)), np.zeros(9, bool))
 
 
 @settings(max_examples=10)
@@ -90,42 +100,32 @@ def test_inside_of_a_box_is_exact() -> None:
 def test_inside_agrees_with_signed_distance_of_balls_wherever_they_lie(seed: int) -> None:
     rng = np.random.default_rng(seed)
     centre, radius = rng.uniform(4, 8, 3), rng.uniform(1, 5)
-    found = inside(ball(radius, tuple(centre), detail=4), np.zeros(3), 0.5, (24, 26, 25))
+    found = inside(plain(ball(radius, tuple(centre), detail=4)), np.zeros(3), 0.5, (24, 26, 25))
     distance = np.linalg.norm(0.5 * np.indices((24, 26, 25)).T - centre, axis=-1).T
     clear = np.abs(distance - radius) > 0.02
     assert np.array_equal(found[clear], (distance < radius)[clear])
 
 
 def test_inside_unites_overlapping_pieces_and_forgives_a_hole_and_turned_faces() -> None:
-    pieces = trimesh.util.concatenate([ball(3, (5, 5, 5)), ball(3, (7, 5, 5))])
+    pieces = plain(trimesh.util.concatenate([ball(3, (5, 5, 5)), ball(3, (7, 5, 5))]))
     whole = inside(pieces, np.zeros(3), 0.5, (24, 24, 24))
-    single = [inside(ball(3, (x, 5, 5)), np.zeros(3), 0.5, (24, 24, 24)) for x in (5, 7)]
+    single = [inside(plain(ball(3, (x, 5, 5))), np.zeros(3), 0.5, (24, 24, 24)) for x in (5, 7)]
     assert np.array_equal(whole, single[0] | single[1])
-    closed = ball(3, (5, 5, 5), detail=4)
-    holed = trimesh.Trimesh(closed.vertices, closed.faces[6:], process=False)
-    assert not holed.is_watertight
+    closed = plain(ball(3, (5, 5, 5), detail=4))
+    holed = Mesh(closed.vertices, closed.faces[6:])
+    assert closed.is_closed and not holed.is_closed
     assert (
         np.mean(inside(holed, np.zeros(3), 0.5, (24, 24, 24)) != inside(closed, np.zeros(3), 0.5, (24, 24, 24))) < 2e-4
     )
-    turned = trimesh.Trimesh(closed.vertices, closed.faces[:, ::-1], process=False)
+    turned = Mesh(closed.vertices, closed.faces[:, ::-1])
     assert np.array_equal(inside(turned, np.zeros(3), 0.5, (24,) * 3), inside(closed, np.zeros(3), 0.5, (24,) * 3))
 
 
 def test_overlap_of_shifted_boxes_is_that_of_their_volumes() -> None:
-    box, other = (trimesh.creation.box(bounds=[[x, 0, 0], [x + 10, 8, 6]]) for x in (0, 4))
-    assert overlap(box, other) == pytest.approx(0.6, abs=0.01)
-    assert overlap(box, box) == 1.0
-    assert overlap(box, trimesh.creation.box(bounds=[[30, 0, 0], [40, 8, 6]])) == 0.0
-
-
-@given(st.integers(0, 999), st.integers(1, 30), st.integers(1, 30))
-def test_chamfer_and_uhd_agree_with_all_pairs(seed: int, n: int, m: int) -> None:
-    rng = np.random.default_rng(seed)
-    a, b = rng.normal(size=(n, 3)), rng.normal(size=(m, 3))
-    pairs = np.linalg.norm(a[:, None] - b, axis=-1)
-    assert chamfer(a, b) == pytest.approx((pairs.min(1) ** 2).mean() + (pairs.min(0) ** 2).mean())
-    assert uhd(a, b) == pytest.approx(pairs.min(1).max())
-    assert chamfer(a, a) == uhd(a[:1], a) == 0
+    brick, moved, far = (box((x, 0, 0), (x + 10, 8, 6)) for x in (0, 4, 30))
+    assert overlap(brick, moved) == pytest.approx(0.6, abs=0.01)
+    assert overlap(brick, brick) == 1.0
+    assert overlap(brick, far) == 0.0
 
 
 # Files
@@ -154,7 +154,7 @@ def test_figures_do_not_depend_on_the_unit_length_or_the_kind_of_file(tmp_path: 
     assert float(small["Dice"]) == pytest.approx(1 - 0.75 * 0.1 + 0.1**3 / 16, abs=0.01)  # two balls, 0.1 radii apart
     mask = label_file(tmp_path / "ball.nii.gz", voxel_ball(12))
     voxels = read_labels(mask)
-    surface(voxels.data[0] > 0, voxels.affine).export(tmp_path / "ball.obj")
+    save_mesh(surface(voxels.data[0] > 0, voxels.affine), tmp_path / "ball.obj")
     mixed = figures(compare_files([tmp_path / "ball.obj"], tmp_path / "page.html", mask))[0]
     assert float(mixed["Dice"]) > 0.999
 
@@ -225,8 +225,8 @@ def scan(path: Path) -> Path:
     return path
 
 
-def metres(path: Path) -> Path:
-    ball(9000).export(path)
+def sized(path: Path, radius_mm: float) -> Path:
+    ball(radius_mm).export(path)
     return path
 
 
@@ -243,7 +243,7 @@ def text(path: Path) -> Path:
 @pytest.mark.parametrize(
     ("make", "name", "words"),
     [
-        (lambda path: path, "absent.stl", "no such file"),
+        (lambda path: path, "absent.stl", "not found"),
         (lambda path: path, "absent.nii.gz", "no such file"),
         (text, "text.stl", "no triangles"),
         (text, "text.obj", "no triangles"),
@@ -251,7 +251,8 @@ def text(path: Path) -> Path:
         (points, "points.ply", "no triangles"),
         (scan, "scan.nii.gz", "a scan; segment it"),
         (lambda path: label_file(path, np.zeros((3, 3, 3), np.uint8)), "empty.nii.gz", "every voxel is 0"),
-        (metres, "large.stl", "times as large as the truth"),
+        (lambda path: sized(path, 0.01), "metres.stl", "probably in metres; convert it to mm"),
+        (lambda path: sized(path, 600), "large.stl", "times as large as the truth"),
     ],
 )
 def test_bad_files_are_refused_and_nothing_is_written(tmp_path: Path, make: Any, name: str, words: str) -> None:
@@ -270,7 +271,7 @@ def test_wrong_names_and_numbers_are_refused(tmp_path: Path) -> None:
 
 
 def test_missing_libraries_are_named_with_their_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    there = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "skimage" else there(name))
+    there = meshes.find_spec
+    monkeypatch.setattr(meshes, "find_spec", lambda name: None if name == "skimage" else there(name))
     good = label_file(tmp_path / "good.nii.gz", voxel_ball())
-    failed_in_one_line(genmed("view", good, "--out", tmp_path / "page.html"), "skimage: not", "genmed[shapes]")
+    failed_in_one_line(genmed("view", good, "--out", tmp_path / "page.html"), "shapes need skimage", "genmed[shapes]")

@@ -18,8 +18,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from genmed.data.shape_items import build, write_record
-from genmed.data.shape_sources import Item, find_items
+from genmed.data.shapes.items import build, write_record
+from genmed.data.shapes.sources import Item, find_items
 from genmed.mesh import MESH_SUFFIXES, Mesh, save_mesh
 
 LIMIT = 1.0             # shapes a second on a core

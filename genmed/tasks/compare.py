@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -15,20 +13,18 @@ from jaxtyping import Bool, Float
 from genmed.comparison import COLOURS, MAX_COLUMNS, PLAIN, Column, comparison_page
 from genmed.errors import GenMedError
 from genmed.files import write_bytes
+from genmed.mesh import MESH_SUFFIXES, Mesh, merged, read_mesh, require_libraries
+from genmed.mesh import surface as zero_level
 from genmed.metrics import dice
+from genmed.shape_metrics import POINTS, chamfer, sample_surface, to_unit_box, uhd
 from genmed.volume import PathLike, Volume, read_labels, require_same_grid
 
-if TYPE_CHECKING:
-    from trimesh import Trimesh
-
-MESH_SUFFIXES = (".stl", ".ply", ".obj")
-POINTS = 2048  # on each surface, for Chamfer and UHD
 STEPS = 96  # along the longest side of the truth's box, for Dice
 LARGEST = 5  # times the truth: beyond, something is wrong, and the voxels would fill the memory
 MAX_LABELS = 256  # a file with more values is no label map
 
 NOTES = (
-    "Chamfer and UHD compare 2048 points on each surface, in coordinates in which the longest side of the truth's "
+    f"Chamfer and UHD compare {POINTS} points on each surface, in coordinates in which the longest side of the truth's "
     "box is 1. Chamfer: the mean squared distance to the closest point of the other surface, both ways added up. "
     "UHD (unidirectional Hausdorff): the largest distance from a point of the truth to the shape. Both are times 100.",
     "Dice: the overlap 2|A∩B| / (|A| + |B|) of the volumes, on the voxels of the files where shape and truth share a "
@@ -37,15 +33,15 @@ NOTES = (
 
 
 @dataclass(frozen=True, eq=False)
-class Shape:
+class Surfaces:
     """A file as surfaces in mm: `parts` by the name of their label ("" for a mesh), and its label map, if it is one."""
 
     name: str
-    parts: dict[str, Trimesh]
+    parts: dict[str, Mesh]
     labels: Volume | None = None
 
     @cached_property
-    def mesh(self) -> Trimesh:
+    def mesh(self) -> Mesh:
         """The surface of everything that is not background."""
         if self.labels is None or len(self.parts) == 1:
             return next(iter(self.parts.values()))
@@ -53,7 +49,7 @@ class Shape:
 
 
 def compare_files(paths: Sequence[PathLike], out: PathLike, truth: PathLike | None = None) -> Path:
-    """Write the page that compares meshes (STL, PLY, OBJ; in mm) and label maps, one column each.
+    """Write the page that compares meshes (STL, PLY, OBJ, VTP; in mm) and label maps, one column each.
 
     With a `truth`, it is the ghost in every column, and Dice, Chamfer ×100 and UHD ×100 stand below the columns.
     Label maps get a colour for each label where there are 2 to 7 of them in all files. Raises `GenMedError` for files
@@ -64,7 +60,7 @@ def compare_files(paths: Sequence[PathLike], out: PathLike, truth: PathLike | No
         raise GenMedError(f"--out {out}: the result is a web page; name it {out.with_suffix('.html').name}.")
     if not 1 <= len(sources) <= MAX_COLUMNS:
         raise GenMedError(f"{len(sources)} files were given, a page shows 1 to {MAX_COLUMNS}; make several pages.")
-    _require_libraries()
+    require_libraries()
     shapes = [read_shape(path) for path in sources]
     whole = read_shape(Path(truth).expanduser()) if truth is not None else None
     names = list(dict.fromkeys(name for shape in shapes for name in shape.parts if name))
@@ -82,25 +78,20 @@ def compare_files(paths: Sequence[PathLike], out: PathLike, truth: PathLike | No
     return write_bytes(out, page.encode("utf-8"))
 
 
-def _require_libraries() -> None:
-    missing = [name for name in ("trimesh", "skimage", "fast_simplification") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise GenMedError(
-            f"{', '.join(missing)}: not installed, but needed for shapes; run: pip install 'genmed[shapes]'"
-        )
-
-
-def _column(title: str, shape: Shape, truth: Shape | None, names: Sequence[str]) -> Column:
-    import trimesh
-
+def _column(title: str, shape: Surfaces, truth: Surfaces | None, names: Sequence[str]) -> Column:
     figures = {**_volume(shape), **(_figures(shape, truth) if truth else {})}
     if not names:
         labels = len(shape.parts)
         return Column(title, shape.mesh, figures=figures, note=f"{labels} labels, shown as one." if labels > 1 else "")
-    classes = [names.index(name) if name else PLAIN for name in shape.parts]
-    counts = [len(part.vertices) for part in shape.parts.values()]
-    mesh: Any = trimesh.util.concatenate(list(shape.parts.values()))
-    return Column(title, mesh, np.repeat(np.array(classes, dtype=np.uint8), counts), figures)
+    parts = list(shape.parts.values())
+    classes = np.array([names.index(name) if name else PLAIN for name in shape.parts], dtype=np.uint8)
+    return Column(title, _together(parts), np.repeat(classes, [len(part.vertices) for part in parts]), figures)
+
+
+def _together(parts: Sequence[Mesh]) -> Mesh:
+    first = np.cumsum([0, *(len(part.vertices) for part in parts)])
+    faces = np.concatenate([part.faces + start for part, start in zip(parts, first, strict=False)])
+    return Mesh(np.concatenate([part.vertices for part in parts]), faces)
 
 
 def _titles(paths: Sequence[Path]) -> list[str]:
@@ -109,7 +100,7 @@ def _titles(paths: Sequence[Path]) -> list[str]:
     return [f"{path.absolute().parent.name}/{path.name}" if names.count(path.name) > 1 else path.name for path in paths]
 
 
-def _heading(shapes: Sequence[Shape], truth: Shape | None) -> str:
+def _heading(shapes: Sequence[Surfaces], truth: Surfaces | None) -> str:
     first = shapes[0].name if len(shapes) == 1 else f"{len(shapes)} shapes"
     return f"{first}, compared with {truth.name}" if truth else first
 
@@ -117,10 +108,10 @@ def _heading(shapes: Sequence[Shape], truth: Shape | None) -> str:
 # Files to surfaces ----------------------------------------------------------------------------------------
 
 
-def read_shape(path: Path) -> Shape:
+def read_shape(path: Path) -> Surfaces:
     """A mesh by its suffix, else a label map with a surface for each label. Raises `GenMedError` for other files."""
     if path.suffix.lower() in MESH_SUFFIXES:
-        return Shape(path.name, {"": _read_mesh(path)})
+        return Surfaces(path.name, {"": merged(read_mesh(path))})
     labels = read_labels(path)
     values = np.unique(labels.data)
     if values[0] < 0 or len(values) > MAX_LABELS:
@@ -132,63 +123,45 @@ def read_shape(path: Path) -> Shape:
         labels.label_names.get(int(value), f"label {value}"): surface(labels.data[0] == value, labels.affine)
         for value in values
     }
-    return Shape(path.name, parts, labels)
+    return Surfaces(path.name, parts, labels)
 
 
-def _read_mesh(path: Path) -> Trimesh:
-    import trimesh
-
-    if not path.is_file():
-        raise GenMedError(f"{path}: no such file; check the path.")
-    try:
-        mesh: Any = trimesh.load(path, force="mesh")
-    except Exception as error:  # whatever trimesh stumbles over in a damaged file
-        raise GenMedError(f"{path}: not a readable mesh ({type(error).__name__}); export it again.") from error
-    if len(getattr(mesh, "faces", ())) == 0:
-        raise GenMedError(f"{path}: holds no triangles; export the surface as a mesh.")
-    if not np.isfinite(mesh.vertices).all():
-        raise GenMedError(f"{path}: has vertices that are NaN or infinite; export it again.")
-    return mesh
-
-
-def surface(mask: Bool[np.ndarray, "x y z"], affine: Float[np.ndarray, "4 4"]) -> Trimesh:
+def surface(mask: Bool[np.ndarray, "x y z"], affine: Float[np.ndarray, "4 4"]) -> Mesh:
     """The surface of a mask that is not empty, in mm, normals outward.
 
-    Marching cubes between the voxel centres (Lorensen and Cline 1987), its terraces smoothed without shrinking
-    (Taubin 1995). No vertex moves by more than a quarter of a voxel along any axis, so that nothing thin vanishes.
+    Marching cubes between the voxel centres, its terraces smoothed without shrinking (Taubin 1995). No vertex moves by
+    more than a quarter of a voxel along any axis, so that nothing thin vanishes, unlike in `genmed.shape.surface_of`,
+    which is for whole structures alone.
     """
     import trimesh
     from scipy.ndimage import find_objects
-    from skimage.measure import marching_cubes
 
     box = find_objects(mask.astype(np.uint8))[0]
-    vertices, faces, _, _ = marching_cubes(np.pad(mask[box], 1).astype(np.float32), 0.5)
-    rough = trimesh.Trimesh(vertices, faces, process=False)
-    smooth = trimesh.smoothing.filter_taubin(rough.copy(), lamb=0.5, nu=0.53, iterations=10).vertices
-    vertices = vertices + np.clip(smooth - vertices, -0.25, 0.25) + [edge.start - 1 for edge in box]
-    if np.linalg.det(affine[:3, :3]) > 0:  # marching cubes turns its triangles inward
-        faces = faces[:, ::-1]
-    return trimesh.Trimesh(vertices @ affine[:3, :3].T + affine[:3, 3], faces, process=False)
+    rough = zero_level(0.5 - mask[box], np.eye(4))
+    terraced = trimesh.Trimesh(rough.vertices, rough.faces, process=False)
+    smooth = trimesh.smoothing.filter_taubin(terraced, lamb=0.5, nu=0.53, iterations=10).vertices
+    vertices = rough.vertices + np.clip(smooth - rough.vertices, -0.25, 0.25) + [edge.start for edge in box]
+    mirrored = np.linalg.det(affine[:3, :3]) < 0
+    return Mesh(vertices @ affine[:3, :3].T + affine[:3, 3], rough.faces[:, ::-1] if mirrored else rough.faces)
 
 
 # Figures --------------------------------------------------------------------------------------------------
 
 
-def _volume(shape: Shape) -> dict[str, str]:
+def _volume(shape: Surfaces) -> dict[str, str]:
     """In ml; nothing for open meshes, which have none."""
     if shape.labels is not None:
         voxel = abs(float(np.linalg.det(shape.labels.affine[:3, :3])))
         return {"Volume": f"{np.count_nonzero(shape.labels.data) * voxel / 1000:.3g} ml"}
-    return {"Volume": f"{abs(shape.mesh.volume) / 1000:.3g} ml"} if shape.mesh.is_watertight else {}
+    return {"Volume": f"{abs(shape.mesh.volume_ml):.3g} ml"} if shape.mesh.is_closed else {}
 
 
-def _figures(shape: Shape, truth: Shape) -> dict[str, str]:
+def _figures(shape: Surfaces, truth: Surfaces) -> dict[str, str]:
     mesh, whole = shape.mesh, truth.mesh
-    side = float(whole.extents.max())
-    if mesh.extents.max() > LARGEST * side:
-        ratio = float(mesh.extents.max()) / side
+    ratio = mesh.extent_mm / whole.extent_mm
+    if ratio > LARGEST:
         raise GenMedError(f"{shape.name}: {ratio:.3g} times as large as the truth {truth.name}; give both in mm.")
-    a, b = (_points(each) / side for each in (mesh, whole))
+    a, b = (to_unit_box(sample_surface(each), whole.vertices) for each in (mesh, whole))
     return {
         "Dice": f"{_dice(shape, truth):.3f}",
         "Chamfer ×100": f"{100 * chamfer(a, b):.3g}",
@@ -196,7 +169,7 @@ def _figures(shape: Shape, truth: Shape) -> dict[str, str]:
     }
 
 
-def _dice(shape: Shape, truth: Shape) -> float:
+def _dice(shape: Surfaces, truth: Surfaces) -> float:
     if shape.labels is not None and truth.labels is not None:
         try:
             require_same_grid(truth.labels, shape.labels)
@@ -206,36 +179,16 @@ def _dice(shape: Shape, truth: Shape) -> float:
     return overlap(shape.mesh, truth.mesh)
 
 
-def _points(mesh: Trimesh) -> np.ndarray:
-    from trimesh.sample import sample_surface
-
-    return np.asarray(sample_surface(mesh, POINTS, seed=0)[0])
-
-
-def chamfer(a: Float[np.ndarray, "n 3"], b: Float[np.ndarray, "m 3"]) -> float:
-    """Mean squared distance of each point to the closest one of the other set, both ways added up."""
-    from scipy.spatial import cKDTree
-
-    return float(np.mean(cKDTree(b).query(a)[0] ** 2) + np.mean(cKDTree(a).query(b)[0] ** 2))
-
-
-def uhd(part: Float[np.ndarray, "n 3"], whole: Float[np.ndarray, "m 3"]) -> float:
-    """Unidirectional Hausdorff distance: the largest one from a point of `part` to the closest of `whole`."""
-    from scipy.spatial import cKDTree
-
-    return float(cKDTree(whole).query(part)[0].max())
-
-
-def overlap(mesh: Trimesh, truth: Trimesh, steps: int = STEPS) -> float:
+def overlap(mesh: Mesh, truth: Mesh, steps: int = STEPS) -> float:
     """Dice of two meshes' volumes on points of one lattice, `steps` along the longest side of the truth."""
-    step = float(truth.extents.max()) / steps
-    first = np.floor(np.minimum(mesh.bounds[0], truth.bounds[0]) / step)
-    last = np.ceil(np.maximum(mesh.bounds[1], truth.bounds[1]) / step)
+    step = truth.extent_mm / steps
+    both = np.concatenate([mesh.vertices, truth.vertices])
+    first, last = np.floor(both.min(axis=0) / step), np.ceil(both.max(axis=0) / step)
     return dice(*(inside(each, first * step, step, (last - first + 1).astype(int)) for each in (mesh, truth)))
 
 
 def inside(
-    mesh: Trimesh, origin: Float[np.ndarray, " 3"], step: float, shape: Sequence[int]
+    mesh: Mesh, origin: Float[np.ndarray, " 3"], step: float, shape: Sequence[int]
 ) -> Bool[np.ndarray, "x y z"]:
     """Which points origin + step * (i, j, k) lie inside of a mesh.
 
@@ -243,7 +196,7 @@ def inside(
     from inside less those from outside. So overlapping pieces are united, and small holes do no harm.
     """
     nudge = 1e-5 * np.array([0.618, 0.414, 0.732])  # a ray along an edge would meet both triangles, or none
-    triangles = (np.asarray(mesh.triangles) - origin) / step + nudge
+    triangles = (mesh.vertices[mesh.faces] - origin) / step + nudge
     votes = np.zeros(tuple(shape), dtype=np.uint8)
     for axis in range(3):
         order = ((axis + 1) % 3, (axis + 2) % 3, axis)

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from genmed.data.captions import Facts, Terciles, captions
-from genmed.data.shape_items import Record
-from genmed.data.shape_sources import Item
 from genmed.data.shapes import INDEX, SHARDS, ShapeRow
+from genmed.data.shapes.captions import Facts, Terciles, captions
+from genmed.data.shapes.items import Record
+from genmed.data.shapes.sources import Item
 from genmed.data.split import PARTS, three_way
 from genmed.errors import GenMedError
 from genmed.files import write_bytes
@@ -33,7 +33,7 @@ REASONS = "reasons.csv"
 
 @dataclass(frozen=True)
 class Reason:
-    """Why a shape is missing, or what was done to one that is there."""
+    """Why a shape is missing, or what was done to one that is there. `path` starts in the source's folder."""
 
     source: str
     path: str
@@ -102,9 +102,7 @@ def write_set(
 
 
 def _reason(item: Item, kept: bool, reason: str) -> Reason:
-    structure = f"{item.side} {item.category}".strip()
-    path = f"{item.path}#{item.array}[{item.index}]" if item.array else str(item.path)
-    return Reason(item.source, path, structure, kept, reason)
+    return Reason(item.source, item.place, f"{item.side} {item.category}".strip(), kept, reason)
 
 
 def _write_csv(path: Path, reasons: Sequence[Reason]) -> None:
@@ -246,7 +244,7 @@ def index(kept: Sequence[Kept]) -> list[ShapeRow]:
                 subject=item.subject,
                 source=item.source,
                 licence=item.licence,
-                path=_reason(item, True, "").path,
+                path=item.place,
                 part=shape.part,
                 captions=seen,
                 held_out_captions=held_out,

@@ -8,17 +8,19 @@ code may end one; an item that does so twice is left out like any other bad one.
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import logging
 import multiprocessing
 import os
+import shlex
 import shutil
 import signal
 import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -28,10 +30,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from genmed.data.shape_items import Built, build, read_record, record_path, write_record
-from genmed.data.shape_set import REASONS, Reason, categories_of, write_set
-from genmed.data.shape_sources import Item, find_items
 from genmed.data.shapes import INDEX
+from genmed.data.shapes.collect import REASONS, Reason, categories_of, write_set
+from genmed.data.shapes.items import Built, build, read_record, record_path, write_record
+from genmed.data.shapes.sources import Item, find_items, within
 from genmed.errors import GenMedError
 from genmed.files import write_json
 from genmed.mesh import UNITS_MM, require_libraries
@@ -88,9 +90,8 @@ def build_shapes(
     unseen: Sequence[str] = (),
     unit: str = "mm",
     seed: int = 0,
-    command: str = "genmed data build-shapes",
 ) -> Outcome:
-    """Build a data set of shapes of size³ voxels from source folders (`genmed.data.shape_sources`) in `out`.
+    """Build a data set of shapes of size³ voxels from source folders (`genmed.data.shapes.sources`) in `out`.
 
     `workers` processes, or a Ray cluster with `ray`, whose machines see the same folders. Categories in `unseen` stay
     out of training. `unit` is that of surface files. Called again with the same arguments it goes on, and does
@@ -100,11 +101,13 @@ def build_shapes(
     out = Path(out).expanduser()
     require_libraries()
     _check(sources, size, workers, unit)
-    listings = [find_items(source) for source in dict.fromkeys(sources)]
-    items = [item for listing in listings for item in listing.items]
+    folders = [Path(source).expanduser().resolve() for source in sources]
+    listings = {folder: find_items(folder) for folder in folders}
+    items = [item for listing in listings.values() for item in listing.items]
     apart = sorted(categories_of(items, unseen).values())
     request = {
-        "sources": [str(Path(source).expanduser().resolve()) for source in sources],
+        "sources": [folder.name for folder in folders],
+        "folders_sha256": hashlib.sha256("\n".join(map(str, folders)).encode()).hexdigest(),
         "size": size,
         "unit": unit,
         "unseen": apart,
@@ -121,8 +124,12 @@ def build_shapes(
         for done in (_with_ray if ray else _with_processes)(todo, workers):
             advance(done)
     finished = [(id, task.item, read_record(task.record)) for id, task in zip(_ids(items), tasks, strict=True)]
-    reasons = [Reason("", str(path), "", False, why) for listing in listings for path, why in listing.left_out]
-    shapes, left_out = write_set(out, finished, reasons, apart, seed, command)
+    reasons = [
+        Reason(folder.name, within(path, folder), "", False, why)
+        for folder, listing in listings.items()
+        for path, why in listing.left_out
+    ]
+    shapes, left_out = write_set(out, finished, reasons, apart, seed, _command(request))
     shutil.rmtree(out / WORK, ignore_errors=True)
     return Outcome(out, shapes, left_out)
 
@@ -136,6 +143,13 @@ def _check(sources: Sequence[str | Path], size: int, workers: int, unit: str) ->
         raise GenMedError(f"--workers {workers}: at least one process is needed.")
     if unit not in UNITS_MM:
         raise GenMedError(f"--unit {unit}: choose {', '.join(UNITS_MM)}.")
+
+
+def _command(request: Mapping[str, Any]) -> str:
+    """The command for the card, without the paths of this machine."""
+    options = [f"--size {request['size']}", f"--unit {request['unit']}", f"--seed {request['seed']}"]
+    options += [f"--unseen {shlex.quote(category)}" for category in request["unseen"]]
+    return " ".join(["genmed data build-shapes", shlex.join(request["sources"]), *options])
 
 
 def _claim(out: Path, request: dict[str, Any]) -> bool:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from genmed.data.captions import FEWEST, HELD_OUT_TEMPLATES, TEMPLATES, Facts, Terciles, captions
+from genmed.data.shapes.captions import FEWEST, HELD_OUT_TEMPLATES, TEMPLATES, Facts, Terciles, captions
 
 KIDNEY = Facts("kidney", "left", "KiTS23", 214.3, 118.2, 1.9, {"tumour": True, "cyst": False})
 KNOWN = Terciles((150.0, 200.0), (1.7, 1.95))

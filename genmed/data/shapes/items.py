@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int8
 
-from genmed.data.shape_sources import Item
+from genmed.data.shapes.sources import Item
 from genmed.errors import GenMedError
 from genmed.files import write_bytes
 from genmed.mesh import MESH_SUFFIXES, read_mesh, repair
@@ -50,9 +50,10 @@ def build(item: Item, size: int, unit: str = "mm") -> Built:
         shape = shape_of(mesh, size)
         return Built(shape=shape, measures=measure(shape, mesh), facts=facts, notes=notes)
     except GenMedError as error:
-        return Built(reason=str(error).removeprefix(f"{item.path}: "))
+        return Built(reason=str(error).removeprefix(f"{item.path}: ").replace(str(item.path), item.place))
     except Exception as error:  # one bad file must not stop a hundred thousand
-        return Built(reason=f"{type(error).__name__}: {' '.join(str(error).split())}")
+        what = " ".join(str(error).split()).replace(str(item.path), item.place)
+        return Built(reason=f"{type(error).__name__}: {what}")
 
 
 # Label maps -----------------------------------------------------------------------------------------------

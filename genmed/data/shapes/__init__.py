@@ -27,9 +27,10 @@ INDEX, SHARDS = "index.parquet", "shards"
 class ShapeRow:
     """One line of the index.
 
-    `part` is train, tune, report or unseen. `volume_ml` and `extent_mm` are None where the source has no scale, and
-    `voxel_mm` and `origin_mm` are then in its voxels. `flag` says what is odd about a shape that was kept. `facts` are
-    what was found: name -> "yes", "no" or a number. `shard` and `row` say where the distances are.
+    `path` is that of the file below its source folder. `part` is train, tune, report or unseen. `volume_ml` and
+    `extent_mm` are None where the source has no scale, and `voxel_mm` and `origin_mm` are then in its voxels.
+    `flag` says what is odd about a shape that was kept. `facts` are what was found: name -> "yes", "no" or a
+    number. `shard` and `row` say where the distances are.
     """
 
     id: str

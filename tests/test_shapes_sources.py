@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from genmed.data.shape_sources import find_items, plain, sided
+from genmed.data.shapes.sources import find_items, plain, sided
 from genmed.errors import GenMedError
 
 

@@ -83,7 +83,7 @@ class Item:
 
     A label map's shape is the union of `values`, or everything but 0 where there are none; `parts` are values whose
     presence is a fact, by name. `side` is also a choice where the map shows `both`. `array` and `index` choose a map
-    in an .npz file, which has no scale. `part` is the source's own split.
+    in an .npz file, which has no scale. `part` is the source's own split. `folder` is the source folder.
     """
 
     source: str
@@ -99,6 +99,12 @@ class Item:
     index: int = 0
     part: str = ""
     facts: Facts = ()
+    folder: Path = Path()
+
+    @property
+    def place(self) -> str:
+        """The file below its source folder, and the map inside of an .npz file."""
+        return within(self.path, self.folder) + (f"#{self.array}[{self.index}]" if self.array else "")
 
     @property
     def name(self) -> str:
@@ -116,6 +122,11 @@ class Listing:
     left_out: tuple[tuple[Path, str], ...] = ()
 
 
+def within(path: Path, folder: Path) -> str:
+    """A path below a folder, from that folder on; of any other path the name alone, so that no machine shows."""
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
+
+
 def find_items(folder: str | Path) -> Listing:
     """List the shapes of a source folder. Raises `GenMedError` where nothing is recognised."""
     folder = Path(folder).expanduser()
@@ -125,7 +136,7 @@ def find_items(folder: str | Path) -> Listing:
     if not listing.items:
         raise GenMedError(f"{folder}: holds no shapes; it needs an index.csv, a dataset.json or surface files.")
     ordered = sorted(listing.items, key=lambda item: (item.path, item.array, item.index, item.category, item.side))
-    return Listing(tuple(_with_report(ordered)), listing.left_out)
+    return Listing(tuple(replace(item, folder=folder) for item in _with_report(ordered)), listing.left_out)
 
 
 def _reader(folder: Path) -> Callable[[Path], Listing]:
