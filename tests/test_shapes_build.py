@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 
@@ -426,3 +428,22 @@ def test_known_organs_have_their_known_sizes() -> None:
     assert (dict(left.facts)["tumour"], dict(right.facts)["tumour"]) == ("no", "yes")
     assert femur.measures.volume_ml == pytest.approx(596.41, rel=1e-3)
     assert femur.measures.extent_mm == pytest.approx(485.5, rel=1e-3)
+
+
+def test_workers_that_cannot_start_end_the_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        def __init__(self, workers: int) -> None: ...
+
+        def submit(self, *given: object) -> Future[None]:
+            future: Future[None] = Future()
+            future.set_exception(BrokenProcessPool())
+            return future
+
+        def shutdown(self, **options: object) -> None: ...
+
+    monkeypatch.setattr(building, "_pool", Broken)
+    (tmp_path / "source").mkdir()
+    save_mesh(ball(), tmp_path / "source" / "liver.stl")
+    with pytest.raises(GenMedError, match="end before they begin"):
+        build_shapes([tmp_path / "source"], tmp_path / "out", workers=2)
+    assert not (tmp_path / "out" / "index.parquet").exists()

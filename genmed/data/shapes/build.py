@@ -41,6 +41,7 @@ from genmed.shape import SIZES
 
 REQUEST, WORK = "build.json", ".work"
 BATCH = 8           # items of one file that a process takes at a time
+POOLS = 3           # in a row that may break before any of their items begins
 CRASHED = "reading it ends the process: too large, or broken in a way that the mesh library does not survive"
 
 
@@ -197,6 +198,7 @@ def _unfinished(batch: Sequence[Task]) -> list[Task]:
 def _with_processes(tasks: Sequence[Task], workers: int) -> Iterator[int]:
     """Run all tasks; yields how many more are finished. A pool that breaks is replaced, and its suspects run alone."""
     waiting = deque(_batches(tasks))
+    fruitless = 0  # pools in a row that broke before any of their items began
     while waiting:
         running: dict[Future[None], list[Task]] = {}
         pool = _pool(workers)
@@ -211,8 +213,14 @@ def _with_processes(tasks: Sequence[Task], workers: int) -> Iterator[int]:
                     left = _unfinished(batch)
                     waiting += [left] if left else []
                     yield len(batch) - len(left)
-        except BrokenProcessPool:
+        except BrokenProcessPool as error:
             pool.shutdown(wait=True, cancel_futures=True)
+            begun = any(task.mark.exists() or len(_unfinished(b)) < len(b) for b in running.values() for task in b)
+            fruitless = 0 if begun else fruitless + 1
+            if fruitless == POOLS:
+                raise GenMedError(
+                    "worker processes end before they begin an item; free some memory, or choose fewer --workers."
+                ) from error
             for batch in running.values():
                 for suspect in [task for task in _unfinished(batch) if task.mark.exists()]:
                     _alone(suspect)
