@@ -16,6 +16,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from real import real_set
 from test_mesh import ball, together
 from test_shape import ellipsoid_mask
 from typer.testing import CliRunner
@@ -241,7 +242,7 @@ class Mortal(building.Task):
         super().run()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra 'cluster'")
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs Ray; to run it: pip install '.[cluster]'")
 def test_ray_builds_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_worker_niceness", "0")  # 15 by default: on a busy machine it would take minutes
     build_shapes([livers(tmp_path / "set", 3)], tmp_path / "out", size=32, ray=True, workers=1)
@@ -415,10 +416,8 @@ def test_folders_without_shapes_are_refused(tmp_path: Path) -> None:
         read_shapes(tmp_path)
 
 
-@pytest.mark.skipif("GENMED_DATA" not in os.environ, reason="needs public data in GENMED_DATA")
 def test_known_organs_have_their_known_sizes() -> None:
-    root = Path(os.environ["GENMED_DATA"])
-    chosen = {item.name: item for name in ("kits23_kidney", "femur") for item in find_items(root / name).items}
+    chosen = {item.name: item for name in ("kits23_kidney", "femur") for item in find_items(real_set(name)).items}
     left = build(chosen["kits23_kidney-case_00000-kidney-left"], 64)
     right = build(chosen["kits23_kidney-case_00000-kidney-right"], 64)
     femur = build(chosen["femur-femur_00-femur-right"], 64)

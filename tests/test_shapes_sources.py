@@ -1,10 +1,10 @@
 """Source folders in every layout, made here; surfaces in them are never opened."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
+from real import real_set
 
 from genmed.data.shapes.sources import find_items, plain, sided
 from genmed.errors import GenMedError
@@ -132,13 +132,12 @@ def test_bad_folders_are_refused(tmp_path: Path) -> None:
         find_items(tmp_path)
 
 
-@pytest.mark.skipif("GENMED_DATA" not in os.environ, reason="needs public data in GENMED_DATA")
 @pytest.mark.parametrize(
     ("name", "items", "subjects"),
     [("subcortical", 2555, 80), ("kits23_kidney", 789, 399), ("adrenal", 1286, 1286), ("femur", 40, 40),
      ("left_atrium", 80, 56), ("Task04_Hippocampus", 645, 139), ("acdc", 480, 80)],
 )  # fmt: skip
 def test_public_sets_are_listed_in_full(name: str, items: int, subjects: int) -> None:
-    listing = find_items(Path(os.environ["GENMED_DATA"]) / name)
+    listing = find_items(real_set(name))
     assert (len(listing.items), len({item.subject for item in listing.items})) == (items, subjects)
     assert all(item.path.is_file() for item in listing.items)

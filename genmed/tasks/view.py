@@ -15,7 +15,7 @@ from genmed.errors import GenMedError
 from genmed.observe import Identity, Observation, Resample, masked, voxels
 from genmed.plan import Plan
 from genmed.space import Intensity, Space, apply_matrices, resample_matrix
-from genmed.surprise import ENOUGH, QUANTILES
+from genmed.surprise import histogram
 from genmed.volume import Volume, check_image, require_3d, require_same_grid
 
 COARSE = 1.5  # voxels this much larger than the working spacing are an observation, not something to interpolate
@@ -71,7 +71,7 @@ class View:
         y = self.y.clone()
         for channel, goal in zip(y[0], target.flip(1) if falling else target, strict=True):
             values = channel[self.seen]
-            place = torch.quantile(_thinned(values), QUANTILES)
+            place = histogram(values.reshape(1, 1, -1, 1, 1))[0, 0]
             channel[self.seen] = _piecewise(values, place, goal)
         return replace(self, y=y)
 
@@ -188,10 +188,6 @@ def _check_extent(plan: Plan, space: Space, scan: Volume) -> None:
             f"{scan.path or 'scan'}: covers {covered} mm, but model '{plan.name}' was trained on crops of at most "
             f"{trained} mm; give --roi with a box of that size around the structure."
         )
-
-
-def _thinned(values: Float[Tensor, " n"]) -> Float[Tensor, " m"]:
-    return values[:: max(1, len(values) // ENOUGH)]
 
 
 def _piecewise(
