@@ -26,12 +26,14 @@ class Denoiser(nn.Module):
     no random numbers and one conditional evaluation is deterministic.
     """
 
-    def __init__(self, fields: Fields, widths: tuple[int, ...], strides: Sequence[Triple], sigma_max: float) -> None:
+    def __init__(
+        self, fields: Fields, widths: tuple[int, ...], strides: Sequence[Triple], sigma_max: float, groups: int = 0
+    ) -> None:
         super().__init__()
         self.fields = fields
         self.sigma_max = sigma_max
         levels = len(fields)
-        self.net = UNet(fields.channels + levels, fields.channels, widths, strides, conditions=levels)
+        self.net = UNet(fields.channels + levels, fields.channels, widths, strides, levels, groups)
         for field in fields:
             if field.kind == "continuous":  # start as the Wiener filter of unit variance
                 nn.init.zeros_(self.net.head.weight.data[fields.slice(field.name)])
@@ -95,4 +97,5 @@ def fast_arithmetic(device: str) -> torch.autocast:
 
 def build(plan: Plan) -> Denoiser:
     """The untrained denoiser that a plan describes."""
-    return Denoiser(image_and_label(plan.channels, plan.labels), plan.widths, plan.strides, plan.sigma_max)
+    fields = image_and_label(plan.channels, plan.labels)
+    return Denoiser(fields, plan.widths, plan.strides, plan.sigma_max, plan.norm_groups)

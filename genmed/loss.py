@@ -11,7 +11,8 @@ from genmed.data.augment import augment
 from genmed.denoiser import Denoiser
 from genmed.fields import one_hot
 
-MIXTURE = {"conditional": 0.7, "equal": 0.2, "independent": 0.05, "partial": 0.05}
+MIXTURE = {"conditional": 0.85, "equal": 0.1, "independent": 0.025, "partial": 0.025}
+HIDDEN = 0.9  # share of the conditional samples that sees nothing of the label
 LOG_SIGMA = (0.0, 1.2)  # mean and standard deviation of ln σ: about the level at which most is decided
 
 
@@ -76,7 +77,7 @@ def draw_sigma(
 
     sigma = torch.empty(2, *size)
     if mode == "conditional":
-        hidden = torch.rand((), generator=generator) < 0.8
+        hidden = torch.rand((), generator=generator) < HIDDEN
         sigma[0], sigma[1] = 0.0, sigma_max if hidden else level()
     elif mode == "equal":
         sigma[:] = level()

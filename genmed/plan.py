@@ -27,6 +27,7 @@ PRESETS: dict[str, Preset] = {
     "large": Preset(widths=(48, 96, 192, 320), steps=150_000, batch=2, learning_rate=3e-4),
 }
 
+NORM_GROUPS = 8  # where the coarsest level of a patch is too small for statistics of single channels
 AUGMENTATIONS = ("none", "nnunet", "degraded", "randomised")  # what `genmed.data.augment` makes of them
 
 
@@ -68,6 +69,7 @@ class Plan:
     learning_rate: float
     thick_slices: bool                        # slice axis last; slice order reversed in half of the training
     extent_mm: tuple[float, float, float]     # the largest field of view seen in training
+    norm_groups: int = NORM_GROUPS            # of channels in each norm; 0: each channel by itself
     sigma_min: float = 0.02
     sigma_max: float = 40.0
     licence: str = ""
@@ -185,6 +187,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "learning_rate": (_is_positive, "a positive number"),
     "thick_slices": (lambda value: isinstance(value, bool), "true or false"),
     "extent_mm": (_is_tuple(_is_positive, 3), "three positive numbers (mm)"),
+    "norm_groups": (_is_natural, "an integer, 0 or above"),
     "sigma_min": (_is_positive, "a positive number"),
     "sigma_max": (_is_positive, "a positive number"),
     "licence": (_is_text, "a text"),
@@ -213,5 +216,7 @@ def _check_agreement(plan: Plan) -> None:
     features = len(plan.labels) + 1 + 9 * len(plan.channels)
     if plan.typical and len(plan.typical) != 2 * features:
         _fail("typical", f"has {len(plan.typical)} numbers for {len(plan.labels)} labels; train again, or leave it out")
+    if plan.norm_groups and any(width % plan.norm_groups for width in plan.widths):
+        _fail("norm_groups", f"({plan.norm_groups}) must divide 'widths' {list(plan.widths)}")
     if plan.sigma_min >= plan.sigma_max:
         _fail("sigma_min", f"({plan.sigma_min}) must be below 'sigma_max' ({plan.sigma_max})")

@@ -10,7 +10,7 @@ import numpy as np
 from genmed.data.dataset import Case, Dataset, read_dataset
 from genmed.errors import GenMedError
 from genmed.files import write_bytes, write_json
-from genmed.plan import PRESETS, Plan, patch_multiple, strides
+from genmed.plan import NORM_GROUPS, PRESETS, Plan, patch_multiple, strides
 from genmed.space import Space
 from genmed.volume import Grid, Volume, read, read_labels, require_same_grid
 
@@ -18,6 +18,7 @@ THICK_RATIO = 3.0           # anisotropy above which a stack counts as thick sli
 PATCH_VOXELS = 110_000      # largest patch that trains in reasonable time on a CPU
 STEP_VOXELS = 180_000       # a training step takes so many, in more patches if they are small,
 LARGEST_BATCH = 8           # up to this number of patches
+FEWEST_VOXELS = 8           # of a patch at the coarsest level for norms of single channels, as nnU-Net has them
 SAMPLES_PER_CASE = 20_000   # voxels per case and region that the intensity statistics look at
 
 Triple = tuple[float, float, float]
@@ -128,6 +129,7 @@ def plan(measured: Fingerprint, dataset: Dataset, preset: str = "small", spacing
         spacing_mm=spacing_mm,
         patch=patch,
         widths=size.widths,
+        norm_groups=0 if math.prod(patch) >= FEWEST_VOXELS * math.prod(multiple) else NORM_GROUPS,
         batch=max(size.batch, min(LARGEST_BATCH, STEP_VOXELS // math.prod(patch))),
         steps=size.steps,
         learning_rate=size.learning_rate,

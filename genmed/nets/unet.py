@@ -15,22 +15,30 @@ Triple = tuple[int, int, int]
 class UNet(nn.Module):
     """Two convolutions a level, strided down, transposed up, skip connections at each level.
 
-    The widths, depth and convolutions are those of nnU-Net's plain network (arXiv 1809.10486), with group
-    norms (statistics per sample) that a vector of conditions scales and shifts (FiLM, arXiv 1709.07871).
+    The widths, depth and convolutions are those of nnU-Net's plain network (arXiv 1809.10486), with norms
+    (statistics per sample) that a vector of conditions scales and shifts (FiLM, arXiv 1709.07871). Each norm has
+    `groups` groups of channels; 0 makes every channel a group, as nnU-Net's instance norms do.
     An axis that the next level does not halve (thick slices) is not convolved either, as in nnU-Net.
     Inputs of any size are padded with zeros to a multiple of the product of the strides and cropped back.
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, widths: tuple[int, ...], strides: Sequence[Triple], conditions: int
+        self,
+        in_channels: int,
+        out_channels: int,
+        widths: tuple[int, ...],
+        strides: Sequence[Triple],
+        conditions: int,
+        groups: int = 0,
     ) -> None:
         super().__init__()
         self.multiple = [math.prod(axis) for axis in zip(*strides, strict=True)] or [1, 1, 1]
+        self.groups = groups
         kernels = kernel_sizes(strides)
         embed = 4 * widths[0]
         self.embed = nn.Sequential(nn.Linear(conditions, embed), nn.SiLU(), nn.Linear(embed, embed), nn.SiLU())
         self.down = nn.ModuleList(
-            DoubleConv(narrow, wide, embed, kernel, stride)
+            DoubleConv(narrow, wide, embed, kernel, stride, groups)
             for narrow, wide, kernel, stride in zip(
                 (in_channels, *widths[:-1]), widths, kernels, ((1, 1, 1), *strides), strict=True
             )
@@ -40,7 +48,7 @@ class UNet(nn.Module):
             for (narrow, wide), stride in zip(pairwise(widths), strides, strict=True)
         )
         self.up = nn.ModuleList(
-            DoubleConv(2 * width, width, embed, kernel, (1, 1, 1))
+            DoubleConv(2 * width, width, embed, kernel, (1, 1, 1), groups)
             for width, kernel in zip(widths[:-1], kernels[:-1], strict=True)
         )
         self.head = nn.Conv3d(widths[0], out_channels, kernel_size=1)
@@ -51,6 +59,8 @@ class UNet(nn.Module):
     ) -> Float[Tensor, "b o x y z"]:
         size = x.shape[2:]
         x = pad_to_multiple(x, self.multiple)
+        if not self.groups and list(x.shape[2:]) == self.multiple:  # one voxel at the coarsest level has no variance
+            x = pad_to_multiple(x, [2 * m for m in self.multiple])
         embedding = self.embed(conditions)
         skips = []
         for block in self.down:
@@ -63,16 +73,18 @@ class UNet(nn.Module):
 
 
 class DoubleConv(nn.Module):
-    """(convolution, group norm, SiLU) twice; the embedding scales and shifts the first norm."""
+    """(convolution, norm, SiLU) twice; the embedding scales and shifts the first norm."""
 
-    def __init__(self, in_channels: int, out_channels: int, embed: int, kernel: Triple, stride: Triple) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, embed: int, kernel: Triple, stride: Triple, groups: int
+    ) -> None:
         super().__init__()
         padding = (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2)
         self.conv1 = nn.Conv3d(in_channels, out_channels, kernel, stride=stride, padding=padding, bias=False)
-        self.norm1 = nn.GroupNorm(8, out_channels)
+        self.norm1 = nn.GroupNorm(groups or out_channels, out_channels)
         self.film = nn.Linear(embed, 2 * out_channels)
         self.conv2 = nn.Conv3d(out_channels, out_channels, kernel, padding=padding, bias=False)
-        self.norm2 = nn.GroupNorm(8, out_channels)
+        self.norm2 = nn.GroupNorm(groups or out_channels, out_channels)
         nn.init.zeros_(self.film.weight)
         nn.init.zeros_(self.film.bias)
 
