@@ -25,7 +25,7 @@ from genmed.degrade import (
 from genmed.volume import Volume
 
 SPLITS = Path(__file__).parent / "splits"
-FEW_SHOT_MINUTES = 6.0  # of every training on a few cases
+FEW_SHOT_MINUTES = 4.0  # of every training on a few cases
 
 
 @dataclass(frozen=True)
