@@ -15,7 +15,8 @@ from test_comparison import NASTY, ball, scene_of, unpacked
 from genmed import mesh as meshes
 from genmed.errors import GenMedError
 from genmed.mesh import Mesh, save_mesh
-from genmed.tasks.compare import compare_files, inside, overlap, read_shape, surface
+from genmed.tasks import compare
+from genmed.tasks.compare import _titles, compare_files, inside, overlap, read_shape, surface
 from genmed.volume import Volume, read_labels
 
 AFFINE = np.array([[-1.5, 0, 0, 40], [0, 1, 0, -7], [0, 0, 2.0, 3], [0, 0, 0, 1]])
@@ -126,6 +127,20 @@ def test_overlap_of_shifted_boxes_is_that_of_their_volumes() -> None:
     assert overlap(brick, moved) == pytest.approx(0.6, abs=0.01)
     assert overlap(brick, brick) == 1.0
     assert overlap(brick, far) == 0.0
+    assert overlap(box((-3, -2, 1), (7, 6, 7)), box((0, 0, 0), (10, 8, 6))) == pytest.approx(2 * 210 / 960, abs=0.01)
+    assert np.isnan(overlap(*[box((0.11, 0.11, 0.011), (9, 9, 0.012))] * 2))
+
+
+def test_shapes_far_apart_need_no_lattice_between_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+
+    def noted(*given: Any) -> np.ndarray:
+        sizes.append(np.prod(given[3]))
+        return inside(*given)
+
+    monkeypatch.setattr(compare, "inside", noted)
+    assert overlap(box((300, 400, 900), (320, 410, 910)), box((0, 0, 0), (20, 10, 10))) == 0.0
+    assert len(sizes) == 2 and max(sizes) < 2 * 96**3
 
 
 # Files
@@ -182,6 +197,31 @@ def classes_by_side(vertices: np.ndarray, kinds: bytes) -> tuple[set[int], set[i
     return set(classes[index > 15].tolist()), set(classes[index < 12].tolist())
 
 
+def test_labels_of_one_name_in_one_file_are_one_part(tmp_path: Path) -> None:
+    two = voxel_ball(12)
+    two[:14] *= 2
+    two[:, :, :12] *= 3
+    page = compare_files([label_file(tmp_path / "a.nii.gz", two, {1: "kidney", 2: "kidney"})], tmp_path / "page.html")
+    assert read_shape(tmp_path / "a.nii.gz").values["kidney"] == [1, 2]
+    scene = scene_of(page.read_text("utf-8"))
+    kinds = np.frombuffer(unpacked(scene["columns"][0], scene)[2], np.uint8)
+    high = unpacked(scene["columns"][0], scene)[0][:, 2] > 3 + 2 * 13
+    assert set(kinds[high].tolist()) == {0}
+    same = label_file(tmp_path / "b.nii.gz", (voxel_ball() * (1 + np.arange(28) % 2)[:, None, None]).astype(np.uint8),
+                      {1: "kidney", 2: "kidney"})  # fmt: skip
+    whole = read_labels(label_file(tmp_path / "c.nii.gz", voxel_ball()))
+    assert read_shape(same).mesh.volume_ml == surface(whole.data[0] > 0, AFFINE).volume_ml
+
+
+def test_an_open_surface_is_said_to_be_open(tmp_path: Path) -> None:
+    closed = ball(10, detail=3)
+    closed.export(tmp_path / "closed.ply")
+    trimesh.Trimesh(closed.vertices, closed.faces[6:], process=False).export(tmp_path / "open.ply")
+    files = [tmp_path / "closed.ply", tmp_path / "open.ply"]
+    columns = compare_files(files, tmp_path / "page.html", files[0]).read_text("utf-8").split("<figcaption>")[1:]
+    assert ["An open surface" in column for column in columns] == [False, True]
+
+
 def test_more_labels_than_colours_are_shown_as_one(tmp_path: Path) -> None:
     many = voxel_ball(12) * (1 + np.arange(28)[:, None, None] // 2 % 10).astype(np.uint8)
     page = compare_files([label_file(tmp_path / "many.nii.gz", many)], tmp_path / "page.html").read_text("utf-8")
@@ -196,6 +236,17 @@ def test_files_of_one_name_are_told_by_their_folders(tmp_path: Path) -> None:
         files.append(label_file(tmp_path / folder / "seg.nii.gz", voxel_ball()))
     page = compare_files(files, tmp_path / "page.html").read_text("utf-8")
     assert "<h2>ours/seg.nii.gz</h2>" in page and "<h2>peer/seg.nii.gz</h2>" in page
+    assert _titles([Path("/a/out/x.stl"), Path("/b/out/x.stl"), Path("/b/y.stl"), Path("/b/y.stl")]) == [
+        "a/out/x.stl", "b/out/x.stl", "y.stl", "y.stl",
+    ]  # fmt: skip
+
+
+@pytest.mark.skipif(os.name != "posix", reason="such file names exist on POSIX systems alone")
+def test_a_file_name_that_is_no_text_is_shown_all_the_same(tmp_path: Path) -> None:
+    good = label_file(tmp_path / "good.nii.gz", voxel_ball())
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/odd\xff.nii.gz"))
+    odd.write_bytes(good.read_bytes())
+    assert "<h2>odd?.nii.gz</h2>" in compare_files([odd], tmp_path / "page.html").read_text("utf-8")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="such file names exist on POSIX systems alone")

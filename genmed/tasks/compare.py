@@ -34,18 +34,24 @@ NOTES = (
 
 @dataclass(frozen=True, eq=False)
 class Surfaces:
-    """A file as surfaces in mm: `parts` by the name of their label ("" for a mesh), and its label map, if it is one."""
+    """A file as surfaces in mm: a mesh, or a label map with the values of each name ("" for a mesh)."""
 
     name: str
-    parts: dict[str, Mesh]
-    labels: Volume | None = None
+    content: Mesh | Volume
+    values: dict[str, list[int]]
 
     @cached_property
     def mesh(self) -> Mesh:
         """The surface of everything that is not background."""
-        if self.labels is None or len(self.parts) == 1:
-            return next(iter(self.parts.values()))
-        return surface(self.labels.data[0] != 0, self.labels.affine)
+        if isinstance(self.content, Mesh):
+            return self.content
+        return surface(self.content.data[0] != 0, self.content.affine)
+
+    def part(self, name: str) -> Mesh:
+        """The surface of one name."""
+        if isinstance(self.content, Mesh) or len(self.values) == 1:
+            return self.mesh
+        return surface(np.isin(self.content.data[0], self.values[name]), self.content.affine)
 
 
 def compare_files(paths: Sequence[PathLike], out: PathLike, truth: PathLike | None = None) -> Path:
@@ -63,7 +69,7 @@ def compare_files(paths: Sequence[PathLike], out: PathLike, truth: PathLike | No
     require_libraries()
     shapes = [read_shape(path) for path in sources]
     whole = read_shape(Path(truth).expanduser()) if truth is not None else None
-    names = list(dict.fromkeys(name for shape in shapes for name in shape.parts if name))
+    names = list(dict.fromkeys(name for shape in shapes for name in shape.values if name))
     coloured = 2 <= len(names) <= len(COLOURS)
     page = comparison_page(
         [
@@ -75,17 +81,19 @@ def compare_files(paths: Sequence[PathLike], out: PathLike, truth: PathLike | No
         classes=names if coloured else (),
         notes=NOTES if whole else (),
     )
-    return write_bytes(out, page.encode("utf-8"))
+    return write_bytes(out, page.encode("utf-8", "replace"))  # of a file name that is no text
 
 
 def _column(title: str, shape: Surfaces, truth: Surfaces | None, names: Sequence[str]) -> Column:
     figures = {**_volume(shape), **(_figures(shape, truth) if truth else {})}
+    is_open = truth is not None and not (shape.mesh.is_closed and truth.mesh.is_closed)
+    note = "An open surface: Dice is that of what its faces go round, and is approximate." if is_open else ""
     if not names:
-        labels = len(shape.parts)
-        return Column(title, shape.mesh, figures=figures, note=f"{labels} labels, shown as one." if labels > 1 else "")
-    parts = list(shape.parts.values())
-    classes = np.array([names.index(name) if name else PLAIN for name in shape.parts], dtype=np.uint8)
-    return Column(title, _together(parts), np.repeat(classes, [len(part.vertices) for part in parts]), figures)
+        labels = len(shape.values)
+        return Column(title, shape.mesh, None, figures, f"{labels} labels, shown as one." if labels > 1 else note)
+    parts = [shape.part(name) for name in shape.values]
+    classes = np.array([names.index(name) if name else PLAIN for name in shape.values], dtype=np.uint8)
+    return Column(title, _together(parts), np.repeat(classes, [len(part.vertices) for part in parts]), figures, note)
 
 
 def _together(parts: Sequence[Mesh]) -> Mesh:
@@ -95,9 +103,15 @@ def _together(parts: Sequence[Mesh]) -> Mesh:
 
 
 def _titles(paths: Sequence[Path]) -> list[str]:
-    """File names, with the folder where two files have one name."""
-    names = [path.name for path in paths]
-    return [f"{path.absolute().parent.name}/{path.name}" if names.count(path.name) > 1 else path.name for path in paths]
+    """File names, with as many folders as tell the files apart."""
+    whole = [path.absolute() for path in paths]
+
+    def title(path: Path) -> str:
+        others = [other.parts for other in whole if other != path]
+        ends = (path.parts[-count:] for count in range(1, len(path.parts) + 1))
+        return "/".join(next(end for end in ends if all(parts[-len(end) :] != end for parts in others)))
+
+    return [title(path) for path in whole]
 
 
 def _heading(shapes: Sequence[Surfaces], truth: Surfaces | None) -> str:
@@ -111,7 +125,7 @@ def _heading(shapes: Sequence[Surfaces], truth: Surfaces | None) -> str:
 def read_shape(path: Path) -> Surfaces:
     """A mesh by its suffix, else a label map with a surface for each label. Raises `GenMedError` for other files."""
     if path.suffix.lower() in MESH_SUFFIXES:
-        return Surfaces(path.name, {"": merged(read_mesh(path))})
+        return Surfaces(path.name, merged(read_mesh(path)), {"": []})
     labels = read_labels(path)
     values = np.unique(labels.data)
     if values[0] < 0 or len(values) > MAX_LABELS:
@@ -119,11 +133,10 @@ def read_shape(path: Path) -> Surfaces:
     values = values[values != 0]
     if len(values) == 0:
         raise GenMedError(f"{path}: an empty label map, every voxel is 0; leave it out.")
-    parts = {
-        labels.label_names.get(int(value), f"label {value}"): surface(labels.data[0] == value, labels.affine)
-        for value in values
-    }
-    return Surfaces(path.name, parts, labels)
+    by_name: dict[str, list[int]] = {}
+    for value in values.tolist():
+        by_name.setdefault(labels.label_names.get(value) or f"label {value}", []).append(value)
+    return Surfaces(path.name, labels, by_name)
 
 
 def surface(mask: Bool[np.ndarray, "x y z"], affine: Float[np.ndarray, "4 4"]) -> Mesh:
@@ -150,9 +163,9 @@ def surface(mask: Bool[np.ndarray, "x y z"], affine: Float[np.ndarray, "4 4"]) -
 
 def _volume(shape: Surfaces) -> dict[str, str]:
     """In ml; nothing for open meshes, which have none."""
-    if shape.labels is not None:
-        voxel = abs(float(np.linalg.det(shape.labels.affine[:3, :3])))
-        return {"Volume": f"{np.count_nonzero(shape.labels.data) * voxel / 1000:.3g} ml"}
+    if isinstance(shape.content, Volume):
+        voxel = abs(float(np.linalg.det(shape.content.affine[:3, :3])))
+        return {"Volume": f"{np.count_nonzero(shape.content.data) * voxel / 1000:.3g} ml"}
     return {"Volume": f"{abs(shape.mesh.volume_ml):.3g} ml"} if shape.mesh.is_closed else {}
 
 
@@ -170,21 +183,32 @@ def _figures(shape: Surfaces, truth: Surfaces) -> dict[str, str]:
 
 
 def _dice(shape: Surfaces, truth: Surfaces) -> float:
-    if shape.labels is not None and truth.labels is not None:
+    if isinstance(shape.content, Volume) and isinstance(truth.content, Volume):
         try:
-            require_same_grid(truth.labels, shape.labels)
-            return dice(shape.labels.data[0] != 0, truth.labels.data[0] != 0)
+            require_same_grid(truth.content, shape.content)
+            return dice(shape.content.data[0] != 0, truth.content.data[0] != 0)
         except GenMedError:
             pass  # grids differ: compare the surfaces
     return overlap(shape.mesh, truth.mesh)
 
 
 def overlap(mesh: Mesh, truth: Mesh, steps: int = STEPS) -> float:
-    """Dice of two meshes' volumes on points of one lattice, `steps` along the longest side of the truth."""
+    """Dice of two meshes' volumes on points of one lattice, `steps` along the longest side of the truth.
+
+    NaN where neither mesh holds a point: sheets have no volume to compare.
+    """
     step = truth.extent_mm / steps
-    both = np.concatenate([mesh.vertices, truth.vertices])
-    first, last = np.floor(both.min(axis=0) / step), np.ceil(both.max(axis=0) / step)
-    return dice(*(inside(each, first * step, step, (last - first + 1).astype(int)) for each in (mesh, truth)))
+    both = (mesh, truth)  # a lattice round each alone: they may lie metres apart
+    lows = [np.floor(each.vertices.min(axis=0) / step).astype(int) for each in both]
+    highs = [np.ceil(each.vertices.max(axis=0) / step).astype(int) + 1 for each in both]
+    masks = [inside(each, a * step, step, b - a) for each, a, b in zip(both, lows, highs, strict=True)]
+    low, high = np.max(lows, axis=0), np.min(highs, axis=0)
+    common = 0
+    if (low < high).all():
+        first, second = (mask[tuple(map(slice, low - a, high - a))] for mask, a in zip(masks, lows, strict=True))
+        common = np.count_nonzero(first & second)
+    size = sum(map(np.count_nonzero, masks))
+    return 2 * common / size if size else float("nan")
 
 
 def inside(
