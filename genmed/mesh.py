@@ -1,12 +1,13 @@
 """Surfaces as triangle meshes in mm: read, repair, signed distance to a grid and back, write.
 
-Coordinates are taken as they stand in the file and are called RAS+ throughout; faces turn counter-clockwise when
-seen from outside.
+Coordinates are RAS+ throughout: as they stand in the file, but for files that say SPACE=LPS, as 3D Slicer writes them.
+Faces turn counter-clockwise when seen from outside.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,6 +33,8 @@ MAX_OPEN = 0.2       # share of the surface that may be missing and is closed wi
 MIN_FILLED = 1e-5    # share of the bounding cube below which a surface encloses nothing
 MAX_SPECKS = 0.05    # share of the volume that may lie in small pieces, which are then dropped
 MAX_PIECES = 3       # pieces that may be kept where none of them holds nearly everything
+SPACE = re.compile(rb"SPACE=(RAS|LPS)")
+HEADER = 4096        # bytes at the start of a file in which its space may be named
 BLOCKS = (8, 4, 2)   # voxels along the sides of blocks that are looked at before single voxels, halved each time
 
 
@@ -78,10 +81,12 @@ def require_libraries() -> None:
 
 
 def read_mesh(path: str | os.PathLike[str], unit: str = "mm") -> Mesh:
-    """Read a surface from STL, PLY, OBJ or VTP, as it stands, in mm.
+    """Read a surface from STL, PLY, OBJ or VTP, unrepaired, in mm and RAS+.
 
-    `unit` is that of the file: mm, cm or m. Raises `GenMedError` for files that hold no triangles, numbers that
-    are not finite, and extents that no anatomical structure has in this unit.
+    `unit` is that of the file: mm, cm or m. Where the header says SPACE=LPS, as 3D Slicer's does
+    (https://discourse.slicer.org/t/10446), x and y are turned; vertices of no face are dropped. Raises `GenMedError`
+    for files that hold no triangles, numbers that are not finite, and extents that no anatomical structure has in
+    this unit.
     """
     path = Path(path).expanduser()
     if unit not in UNITS_MM:
@@ -90,15 +95,17 @@ def read_mesh(path: str | os.PathLike[str], unit: str = "mm") -> Mesh:
         raise GenMedError(f"{path}: not a surface file; name it {', '.join(MESH_SUFFIXES)}.")
     if not path.is_file():
         raise GenMedError(f"{path}: not found; check the path.")
-    vertices, faces = _read_vtp(path) if path.suffix.lower() == ".vtp" else _read_trimesh(path)
+    vertices, faces, space = _read_vtp(path) if path.suffix.lower() == ".vtp" else _read_trimesh(path)
     if not len(faces) or not len(vertices):
         raise GenMedError(f"{path}: holds no triangles; export the surface, not points or lines.")
     if faces.min() < 0 or faces.max() >= len(vertices):
         raise GenMedError(f"{path}: faces name vertices that do not exist; export the surface again.")
-    mesh = Mesh(np.asarray(vertices, np.float64) * UNITS_MM[unit], np.asarray(faces, np.int64))
-    if not np.isfinite(mesh.vertices[mesh.faces]).all():
+    to_mm = UNITS_MM[unit] * np.array([-1.0, -1.0, 1.0] if space == "LPS" else [1.0, 1.0, 1.0])
+    mesh = Mesh(np.asarray(vertices, np.float64) * to_mm, np.asarray(faces, np.int64))
+    mesh = _subset(mesh, np.ones(len(faces), dtype=bool))
+    if not np.isfinite(mesh.vertices).all():
         raise GenMedError(f"{path}: coordinates are not finite; export the surface again.")
-    extent = float(np.ptp(mesh.vertices[np.unique(mesh.faces)], axis=0).max())
+    extent = mesh.extent_mm
     if not SMALLEST_MM <= extent <= LARGEST_MM:
         hint = "metres" if SMALLEST_MM <= extent * 1000 <= LARGEST_MM else "another unit"
         raise GenMedError(
@@ -109,7 +116,10 @@ def read_mesh(path: str | os.PathLike[str], unit: str = "mm") -> Mesh:
 
 
 def save_mesh(mesh: Mesh, path: str | os.PathLike[str]) -> Path:
-    """Write STL, PLY, OBJ, VTP or GLB, coordinates in mm as they are; the file appears whole or never."""
+    """Write STL, PLY, OBJ, VTP or GLB, coordinates in mm as they are; the file appears whole or never.
+
+    All but GLB say SPACE=RAS, without which 3D Slicer would take them as LPS.
+    """
     path = Path(path).expanduser()
     suffix = path.suffix.lower()
     if suffix not in SAVE_SUFFIXES:
@@ -118,11 +128,18 @@ def save_mesh(mesh: Mesh, path: str | os.PathLike[str]) -> Path:
         from genmed.vtp import encode
 
         return write_bytes(path, encode(mesh.vertices, mesh.faces))
-    content: Any = _as_trimesh(mesh).export(file_type=suffix[1:])
-    return write_bytes(path, content if isinstance(content, bytes) else content.encode("utf-8"))
+    exported: Any = _as_trimesh(mesh).export(file_type=suffix[1:])
+    content: bytes = exported if isinstance(exported, bytes) else exported.encode("utf-8")
+    if suffix == ".stl":
+        content = b"genmed SPACE=RAS".ljust(80) + content[80:]
+    elif suffix == ".ply":
+        content = content.replace(b"\nelement", b"\ncomment SPACE=RAS\nelement", 1)
+    elif suffix == ".obj":
+        content = b"# SPACE=RAS\n" + content
+    return write_bytes(path, content)
 
 
-def _read_vtp(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def _read_vtp(path: Path) -> tuple[np.ndarray, np.ndarray, str]:
     from genmed.vtp import decode
 
     try:
@@ -131,17 +148,19 @@ def _read_vtp(path: Path) -> tuple[np.ndarray, np.ndarray]:
         raise GenMedError(f"{path}: cannot be read as VTP ({error}); export the surface again.") from error
 
 
-def _read_trimesh(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def _read_trimesh(path: Path) -> tuple[np.ndarray, np.ndarray, str]:
     import trimesh
 
     try:
+        with path.open("rb") as stream:
+            space = SPACE.search(stream.read(HEADER))
         loaded: Any = trimesh.load_mesh(path, process=False)
     except Exception as error:  # trimesh raises whatever its parsers meet in a broken file
         why = " ".join(str(error).split()) or type(error).__name__
         raise GenMedError(f"{path}: cannot be read as a surface ({why}); export it again.") from error
     if not isinstance(loaded, trimesh.Trimesh):
-        return np.zeros((0, 3)), np.zeros((0, 3), np.int64)
-    return np.asarray(loaded.vertices), np.asarray(loaded.faces)
+        return np.zeros((0, 3)), np.zeros((0, 3), np.int64), ""
+    return np.asarray(loaded.vertices), np.asarray(loaded.faces), space[1].decode() if space else ""
 
 
 def _as_trimesh(mesh: Mesh) -> trimesh.Trimesh:
@@ -221,9 +240,11 @@ def _wound(mesh: Mesh, notes: list[str]) -> Mesh:
 
 def _boundary(faces: np.ndarray) -> np.ndarray:
     """Directed edges (n, 2) that faces run along more often than back: the boundary of the chain of triangles."""
-    edges = faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2)
+    edges = faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2).astype(np.int64)
     low_first = edges[:, 0] < edges[:, 1]
-    pairs, which = np.unique(np.sort(edges, axis=1), axis=0, return_inverse=True)
+    size = int(edges.max()) + 1
+    keys, which = np.unique(edges.min(axis=1) * size + edges.max(axis=1), return_inverse=True)
+    pairs = np.column_stack([keys // size, keys % size])
     net = np.bincount(which.ravel(), np.where(low_first, 1, -1), minlength=len(pairs)).astype(int)
     open_ones = np.where((net > 0)[:, None], pairs, pairs[:, ::-1])
     return np.repeat(open_ones, np.abs(net), axis=0)
@@ -295,7 +316,7 @@ def _outward(mesh: Mesh, notes: list[str]) -> Mesh:
 def _inside(mesh: Mesh, piece_of: np.ndarray, largest: int) -> np.ndarray:
     """Which pieces lie inside the largest one: by a corner of each."""
     corners = mesh.vertices[mesh.faces[np.unique(piece_of, return_index=True)[1], 0]]
-    inside = np.abs(_winding(_subset(mesh, piece_of == largest), corners)) > 0.5
+    inside = np.abs(winding(_subset(mesh, piece_of == largest), corners)) > 0.5
     inside[largest] = False
     return inside
 
@@ -347,7 +368,7 @@ def signed_distance(mesh: Mesh, grid: Grid, limit_mm: float = np.inf) -> Float[n
         near = _near(mesh, grid, limit_mm).ravel()
     distance = np.full(len(points), limit_mm, dtype=np.float64)
     distance[near] = np.minimum(_distance(mesh, points[near]), limit_mm)
-    inside = _winding(mesh, points) > 0.5
+    inside = winding(mesh, points) > 0.5
     return np.where(inside, -distance, distance).reshape(grid.shape).astype(np.float32)
 
 
@@ -374,7 +395,8 @@ def _distance(mesh: Mesh, points: np.ndarray) -> np.ndarray:
     return np.asarray(point_cloud_utils.closest_points_on_mesh(*_plain(points, mesh.vertices, mesh.faces))[0])
 
 
-def _winding(mesh: Mesh, points: np.ndarray) -> np.ndarray:
+def winding(mesh: Mesh, points: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, " n"]:
+    """The generalised winding number of points in mm: how many bodies each lies in (see `signed_distance`)."""
     import point_cloud_utils
 
     points, vertices, faces = _plain(points, mesh.vertices, mesh.faces)

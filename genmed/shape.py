@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int8
 
 from genmed.errors import GenMedError
-from genmed.mesh import Mesh, one_structure, signed_distance, surface
+from genmed.mesh import Mesh, one_structure, signed_distance, surface, winding
 from genmed.volume import Grid
 
 TRUNCATION = 4.0  # voxels
@@ -133,10 +133,14 @@ class Measures:
 def measure(shape: Shape, mesh: Mesh) -> Measures:
     """Volume and longest extent of the surface; ratios of the standard deviations of the inside along its main axes.
 
+    Where bodies overlap or walls are double, the voxels that lie in several count once.
+
     With eigenvalues λ₁ ≥ λ₂ ≥ λ₃ of the covariance, elongation is √(λ₁/λ₂) and flatness √(λ₂/λ₃): the
     reciprocals of pyradiomics' elongation, and of its flatness over its elongation.
     """
     points = np.argwhere(shape.sdf < 0).astype(np.float64)
     covariance = np.cov(points, rowvar=False) if len(points) > 1 else np.zeros((3, 3))
     third, second, first = np.sqrt(np.linalg.eigvalsh(covariance + np.eye(3) / 12))  # 1/12: a voxel's own
-    return Measures(mesh.volume_ml, mesh.extent_mm, float(first / second), float(second / third))
+    depth = np.rint(winding(mesh, points * shape.voxel_mm + shape.origin_mm))
+    again_ml = float(np.maximum(depth - 1, 0).sum()) * shape.voxel_mm**3 / 1000
+    return Measures(mesh.volume_ml - again_ml, mesh.extent_mm, float(first / second), float(second / third))

@@ -14,12 +14,15 @@ import numpy as np
 
 TYPES = {
     "Float32": "f4", "Float64": "f8", "Int8": "i1", "UInt8": "u1", "Int16": "i2", "UInt16": "u2",
-    "Int32": "i4", "UInt32": "u4", "Int64": "i8", "UInt64": "u8",
+    "Int32": "i4", "UInt32": "u4", "Int64": "i8", "UInt64": "u8", "String": "u1",
 }  # fmt: skip
 
 
-def decode(content: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """Vertices (n, 3) and triangles (m, 3) of all pieces; polygons become fans. Raises ValueError."""
+def decode(content: bytes) -> tuple[np.ndarray, np.ndarray, str]:
+    """Vertices (n, 3) and triangles (m, 3) of all pieces, and the space that 3D Slicer notes ("LPS", "RAS" or "").
+
+    Polygons become fans. Raises ValueError.
+    """
     try:
         return _decoded(content)
     except (ElementTree.ParseError, KeyError, IndexError, TypeError, zlib.error) as error:
@@ -27,10 +30,14 @@ def decode(content: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 
 def encode(vertices: np.ndarray, faces: np.ndarray) -> bytes:
-    """An ascii file with one piece."""
+    """An ascii file with one piece, whose vertices are RAS."""
     root = ElementTree.Element("VTKFile", type="PolyData", version="1.0", byte_order="LittleEndian")
     counts = {"NumberOfPoints": str(len(vertices)), "NumberOfPolys": str(len(faces))}
-    piece = ElementTree.SubElement(ElementTree.SubElement(root, "PolyData"), "Piece", counts)
+    data = ElementTree.SubElement(root, "PolyData")
+    facts = {"type": "String", "Name": "SPACE", "NumberOfTuples": "1", "format": "ascii"}
+    space = ElementTree.SubElement(ElementTree.SubElement(data, "FieldData"), "Array", facts)
+    space.text = " ".join(map(str, b"RAS\0"))
+    piece = ElementTree.SubElement(data, "Piece", counts)
     points, polys = ElementTree.SubElement(piece, "Points"), ElementTree.SubElement(piece, "Polys")
     _add(points, "Float64", "Points", vertices)
     _add(polys, "Int64", "connectivity", faces)
@@ -45,8 +52,8 @@ def _add(parent: ElementTree.Element, kind: str, name: str, values: np.ndarray) 
     element.text = " ".join(map(repr, values.ravel().tolist()))
 
 
-def _decoded(content: bytes) -> tuple[np.ndarray, np.ndarray]:
-    appended = b""
+def _decoded(content: bytes) -> tuple[np.ndarray, np.ndarray, str]:
+    appended, is_base64 = b"", False
     if (start := content.find(b"<AppendedData")) >= 0:
         appended = content[content.index(b"_", start) + 1 : content.rindex(b"</AppendedData>")]
         is_base64 = b"base64" in content[start : content.index(b">", start)]
@@ -59,7 +66,7 @@ def _decoded(content: bytes) -> tuple[np.ndarray, np.ndarray]:
         if int(piece.get("NumberOfStrips", 0)):
             raise ValueError("it has triangle strips; convert them to triangles")
         arrays = {
-            element.get("Name", tag): _values(element, root, appended, bool(appended) and is_base64)
+            element.get("Name", tag): _values(element, root, appended, is_base64)
             for tag in ("Points", "Polys")
             for element in piece.iterfind(f"{tag}/DataArray")
             if tag == "Points" or element.get("Name") in ("connectivity", "offsets")
@@ -71,7 +78,9 @@ def _decoded(content: bytes) -> tuple[np.ndarray, np.ndarray]:
         first += len(vertices[-1])
     if not vertices:
         raise ValueError("it has no piece")
-    return np.concatenate(vertices).astype(np.float64), np.concatenate(triangles)
+    noted = root.find("PolyData/FieldData/Array[@Name='SPACE']")
+    space = b"" if noted is None else _values(noted, root, appended, is_base64).tobytes()
+    return np.concatenate(vertices).astype(np.float64), np.concatenate(triangles), space.rstrip(b"\0").decode("ascii")
 
 
 def _values(element: ElementTree.Element, root: ElementTree.Element, appended: bytes, is_base64: bool) -> np.ndarray:

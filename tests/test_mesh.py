@@ -59,6 +59,35 @@ def test_surfaces_come_back_from_every_format(tmp_path: Path, suffix: str) -> No
     np.testing.assert_allclose(back.vertices.min(axis=0), mesh.vertices.min(axis=0), atol=1e-4)
 
 
+@pytest.mark.parametrize("suffix", [s for s in SAVE_SUFFIXES if s != ".glb"])
+def test_files_that_say_lps_are_turned_and_ours_say_ras(tmp_path: Path, suffix: str) -> None:
+    """As 3D Slicer writes them, and reads them: without a word it takes LPS."""
+    mesh = ball(at=(100.0, -40.0, 12.5), detail=2)
+    path = save_mesh(mesh, tmp_path / f"ours{suffix}")
+    content = path.read_bytes()
+    space, other = (b"82 65 83 0", b"76 80 83 0") if suffix == ".vtp" else (b"SPACE=RAS", b"SPACE=LPS")
+    assert content.count(space) == 1
+    path.write_bytes(content.replace(space, other))
+    turned = read_mesh(path)
+    np.testing.assert_allclose(turned.vertices.mean(axis=0), [-100, 40, 12.5], atol=1e-3)
+    assert turned.volume_ml == pytest.approx(mesh.volume_ml, rel=1e-5)
+
+
+def test_an_ascii_stl_of_slicer_is_turned(tmp_path: Path) -> None:
+    text = trimesh.exchange.stl.export_stl_ascii(_as_trimesh(ball(at=(100.0, -40.0, 12.5), detail=1)))
+    path = tmp_path / "segment.stl"
+    path.write_text("solid 3D Slicer output. SPACE=LPS" + text[text.index("\n") :])
+    np.testing.assert_allclose(read_mesh(path).vertices.mean(axis=0), [-100, 40, 12.5], atol=1)
+
+
+def test_vertices_of_no_face_do_not_count(tmp_path: Path) -> None:
+    mesh = ball(detail=1)
+    lines = [*(f"v {x} {y} {z}" for x, y, z in [(5e5, 0, 0), ("nan", 0, 0), *mesh.vertices])]
+    path = tmp_path / "a.obj"
+    path.write_text("\n".join([*lines, *(f"f {a + 3} {b + 3} {c + 3}" for a, b, c in mesh.faces)]))
+    assert read_mesh(path).extent_mm == pytest.approx(mesh.extent_mm)
+
+
 def test_glb_holds_the_same_millimetres(tmp_path: Path) -> None:
     mesh = box()
     loaded = trimesh.load_mesh(save_mesh(mesh, tmp_path / "box.glb"))
@@ -68,7 +97,7 @@ def test_glb_holds_the_same_millimetres(tmp_path: Path) -> None:
 def vtk_file(mesh: Mesh, appended: str | None, compressed: bool, order: str = "<") -> bytes:
     """As VTK writes it: binary arrays inline or appended, plain or in zlib blocks, 64 bit headers, big endian too."""
     arrays = [mesh.vertices.astype(f"{order}f4"), mesh.faces.astype(f"{order}i8")]
-    arrays += [(3 * np.arange(1, len(mesh.faces) + 1)).astype(f"{order}i8")]
+    arrays += [(3 * np.arange(1, len(mesh.faces) + 1)).astype(f"{order}i8"), np.frombuffer(b"LPS\0", np.uint8)]
     streams = []
     for array in arrays:
         data = array.tobytes()
@@ -80,7 +109,7 @@ def vtk_file(mesh: Mesh, appended: str | None, compressed: bool, order: str = "<
             parts = [struct.pack(f"{order}Q", len(data)) + data]
         streams.append(b"".join(parts) if appended == "raw" else b"".join(map(base64.b64encode, parts)))
     offsets = np.cumsum([0, *map(len, streams)])
-    names = [("Points", "Float32"), ("connectivity", "Int64"), ("offsets", "Int64")]
+    names = [("Points", "Float32"), ("connectivity", "Int64"), ("offsets", "Int64"), ("SPACE", "String")]
     elements = []
     for (name, kind), stream, offset in zip(names, streams, offsets, strict=False):
         start = f'<DataArray type="{kind}" Name="{name}"'
@@ -90,6 +119,7 @@ def vtk_file(mesh: Mesh, appended: str | None, compressed: bool, order: str = "<
     byte_order = "LittleEndian" if order == "<" else "BigEndian"
     text = (
         f'<VTKFile type="PolyData" byte_order="{byte_order}" header_type="UInt64"{compressor}><PolyData>'
+        f"<FieldData>{elements[3].replace('DataArray', 'Array')}</FieldData>"
         f'<Piece NumberOfPoints="{len(mesh.vertices)}" NumberOfPolys="{len(mesh.faces)}"><Points>{elements[0]}</Points>'
         f"<Polys>{elements[1]}{elements[2]}</Polys></Piece></PolyData>"
     ).encode()
@@ -107,7 +137,7 @@ def test_vtp_is_read_however_vtk_stored_it(tmp_path: Path, appended: str | None,
     path.write_bytes(vtk_file(mesh, appended, compressed, order))
     back = read_mesh(path)
     np.testing.assert_array_equal(back.faces, mesh.faces)
-    np.testing.assert_allclose(back.vertices, mesh.vertices, atol=1e-5)
+    np.testing.assert_allclose(back.vertices, mesh.vertices * [-1, -1, 1], atol=1e-5)  # it says LPS
 
 
 def test_polygons_of_a_vtp_become_triangles(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
-from test_mesh import ball
+from test_mesh import ball, together
 
 from genmed.errors import GenMedError
 from genmed.mesh import Mesh
@@ -123,3 +123,11 @@ def test_measures_of_an_ellipsoid_are_its_ratios() -> None:
     assert measures.extent_mm == pytest.approx(80, rel=1e-3)
     assert (measures.elongation, measures.flatness) == (pytest.approx(2, rel=0.02), pytest.approx(2, rel=0.02))
     assert measure(shape_of(ball(), 32), ball()).elongation == pytest.approx(1, abs=0.01)
+
+
+def test_what_lies_in_two_bodies_counts_once() -> None:
+    lens_ml = np.pi * (4 * 10 + 8) * (2 * 10 - 8) ** 2 / 12 / 1000  # of balls of 10 mm, 8 mm apart
+    two = together(ball(at=(-4, 0, 0)), ball(at=(4, 0, 0)))
+    assert measure(shape_of(two, 64), two).volume_ml == pytest.approx(2 * ball().volume_ml - lens_ml, rel=0.01)
+    walls = together(ball(), ball(9.8))
+    assert measure(shape_of(walls, 64), walls).volume_ml == pytest.approx(ball().volume_ml, rel=0.02)

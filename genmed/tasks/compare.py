@@ -206,7 +206,7 @@ def overlap(mesh: Mesh, truth: Mesh, steps: int = STEPS) -> float:
     common = 0
     if (low < high).all():
         first, second = (mask[tuple(map(slice, low - a, high - a))] for mask, a in zip(masks, lows, strict=True))
-        common = np.count_nonzero(first & second)
+        common = int(np.count_nonzero(first & second))
     size = sum(map(np.count_nonzero, masks))
     return 2 * common / size if size else float("nan")
 
