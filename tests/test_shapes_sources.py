@@ -1,11 +1,13 @@
 """Source folders in every layout, made here; surfaces in them are never opened."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 from real import real_set
 
+from genmed.data.shapes import sources
 from genmed.data.shapes.sources import find_items, plain, sided
 from genmed.errors import GenMedError
 
@@ -141,3 +143,47 @@ def test_public_sets_are_listed_in_full(name: str, items: int, subjects: int) ->
     listing = find_items(real_set(name))
     assert (len(listing.items), len({item.subject for item in listing.items})) == (items, subjects)
     assert all(item.path.is_file() for item in listing.items)
+
+
+@pytest.mark.parametrize(
+    ("row", "line"),
+    [("m.nii.gz,liver,,p,label=liver", "line 2: label 'liver'"), ("m.nii.gz,liver,,p,label=0", "line 2: label '0'"),
+     ("m.npz,liver,,p,array=a,,x", "line 2: index 'x'"), ("m.npz,liver,,p,array=a,,-1", "line 2: index '-1'"),
+     ("m.nii.gz", "line 2 has no path, category or subject"), ("m.nii.gz,,,p", "line 2 has no path, category")],
+)  # fmt: skip
+def test_bad_rows_of_an_index_are_named(tmp_path: Path, row: str, line: str) -> None:
+    """A label that is no number must not mean the whole map."""
+    index(tmp_path / "set", row + "\n")
+    with pytest.raises(GenMedError, match=line):
+        find_items(tmp_path / "set")
+
+
+def test_tables_that_are_no_text_and_labels_that_are_no_names_are_refused(tmp_path: Path) -> None:
+    index(tmp_path / "set", "m.nii.gz,liver,,p\n", labels=["liver"])
+    with pytest.raises(GenMedError, match=r"dataset\.json: labels must be names"):
+        find_items(tmp_path / "set")
+    (tmp_path / "set/index.csv").write_bytes("path,category,side,subject\nm.nii.gz,Läber,,p\n".encode("latin-1"))
+    with pytest.raises(GenMedError, match=r"index\.csv: cannot be read as CSV .*; save it as UTF-8"):
+        find_items(tmp_path / "set")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="such file names exist on POSIX systems alone")
+def test_names_that_are_no_text_are_left_out_with_a_reason(tmp_path: Path) -> None:
+    touch(tmp_path / "liver/a.stl")
+    touch(tmp_path / "liver/Läber.stl")
+    touch(Path(os.fsdecode(os.fsencode(tmp_path) + b"/liver/b\xff.stl")))
+    listing = find_items(tmp_path)
+    assert [item.path.name for item in listing.items] == ["Läber.stl", "a.stl"]
+    assert [(path.name, why) for path, why in listing.left_out] == [("b?.stl", "its name is not UTF-8: rename it")]
+
+
+def test_licences_are_looked_for_once_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MedShapeNet's link list gives one folder of 100,000 files."""
+    asked: list[Path] = []
+    monkeypatch.setattr(sources, "_licence", lambda folder: asked.append(folder) or "")
+    for k in range(9):
+        touch(tmp_path / f"flat/{k:06d}_liver.stl")
+        touch(tmp_path / f"plain/liver/a{k}.stl")
+    find_items(tmp_path / "flat")
+    find_items(tmp_path / "plain")
+    assert asked == [tmp_path / "flat", tmp_path / "plain"]

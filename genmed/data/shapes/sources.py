@@ -135,8 +135,21 @@ def find_items(folder: str | Path) -> Listing:
     listing = _reader(folder)(folder)
     if not listing.items:
         raise GenMedError(f"{folder}: holds no shapes; it needs an index.csv, a dataset.json or surface files.")
-    ordered = sorted(listing.items, key=lambda item: (item.path, item.array, item.index, item.category, item.side))
-    return Listing(tuple(replace(item, folder=folder) for item in _with_report(ordered)), listing.left_out)
+    readable = [item for item in listing.items if _is_text(item.path)]
+    unreadable = dict.fromkeys(item.path for item in listing.items if not _is_text(item.path))
+    left_out = [(_as_text(path), why) for path, why in listing.left_out]
+    left_out += [(_as_text(path), "its name is not UTF-8: rename it") for path in unreadable]
+    ordered = sorted(readable, key=lambda item: (item.path, item.array, item.index, item.category, item.side))
+    return Listing(tuple(replace(item, folder=folder) for item in _with_report(ordered)), tuple(left_out))
+
+
+def _is_text(path: Path) -> bool:
+    return path == _as_text(path)
+
+
+def _as_text(path: Path) -> Path:
+    """The path with question marks for bytes that are no UTF-8, which neither tables nor mesh libraries take."""
+    return Path(str(path).encode("utf-8", "replace").decode("utf-8"))
 
 
 def _reader(folder: Path) -> Callable[[Path], Listing]:
@@ -174,28 +187,34 @@ def from_index(folder: Path) -> Listing:
     category become facts. .npz: `array=NAME` and a column index. A column split is kept; a side "both" becomes two.
     """
     path = folder / "index.csv"
-    with path.open(newline="", encoding="utf-8-sig") as stream:
-        rows = list(csv.DictReader(stream))
+    rows = _rows(path)
     if not rows or not set(INDEX_COLUMNS) <= rows[0].keys():
         raise GenMedError(f"{path}: needs the columns {', '.join(INDEX_COLUMNS)}; add them.")
     described = _json(folder / "dataset.json")
     labels = described.get("labels", {})
+    if not isinstance(labels, dict):
+        raise GenMedError(f"{folder / 'dataset.json'}: labels must be names with their values; correct them.")
     values = {name: value for name, value in labels.items() if isinstance(value, int) and value}
     source = str(described.get("name") or folder.resolve().name)
     items: list[Item] = []
     left_out: list[tuple[Path, str]] = []
-    for row in rows:
-        file = folder / (row["path"] or "")
+    for number, row in enumerate(rows, 2):
+        if not (row["path"] and row["category"] and row["subject"]):
+            raise GenMedError(f"{path}: line {number} has no path, category or subject; add it.")
+        file = folder / row["path"]
         if row["side"] not in (*SIDES, "both", "unknown", ""):
             left_out.append((file, f"side '{row['side']}': not one structure"))
             continue
-        items += _row_items(row, file, source, str(described.get("licence") or ""), values)
+        try:
+            items += _row_items(row, file, source, str(described.get("licence") or ""), values)
+        except ValueError as error:
+            raise GenMedError(f"{path}: line {number}: {error}; correct it.") from error
     return Listing(tuple(items), tuple(left_out))
 
 
 def _row_items(row: Mapping[str, str], file: Path, source: str, licence: str, values: Mapping[str, int]) -> list[Item]:
     extra = dict(pair.split("=", 1) for pair in (row.get("extra") or "").split(";") if "=" in pair)
-    chosen = (int(extra["label"]),) if extra.get("label", "").isdigit() else ()
+    chosen = (_number(extra["label"], "label", 1),) if "label" in extra else ()
     is_map = file.suffix.lower() not in MESH_SUFFIXES and not chosen and "array" not in extra
     parts = tuple((plain(name), value) for name, value in values.items() if name != row["category"]) if is_map else ()
     both = row["side"] == "both"
@@ -212,12 +231,26 @@ def _row_items(row: Mapping[str, str], file: Path, source: str, licence: str, va
             parts=parts,
             both=both,
             array=extra.get("array", ""),
-            index=int(row.get("index") or 0),
+            index=_number(row.get("index") or "0", "index", 0),
             part=PARTS.get(row.get("split") or "", ""),
             facts=FINDINGS.get(source, {}).get(row.get("label") or "", ()),
         )
         for side in sides
     ]
+
+
+def _number(text: str, what: str, least: int) -> int:
+    if not text.strip().isdecimal() or int(text) < least:
+        raise ValueError(f"{what} '{text}' is not a whole number from {least} on")
+    return int(text)
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as stream:
+            return list(csv.DictReader(stream))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise GenMedError(f"{path}: cannot be read as CSV ({error}); save it as UTF-8.") from error
 
 
 # dataset.json ---------------------------------------------------------------------------------------------
@@ -268,8 +301,10 @@ def _alone(name: str) -> Structure:
 def _groups(path: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
-    with path.open(newline="", encoding="utf-8-sig") as stream:
-        return {row["id"]: f"group_{row['group']}" for row in csv.DictReader(stream)}
+    rows = _rows(path)
+    if not rows or not {"id", "group"} <= rows[0].keys():
+        raise GenMedError(f"{path}: needs the columns id, group; add them.")
+    return {row["id"]: f"group_{row['group']}" for row in rows}
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -308,14 +343,16 @@ def from_medshapenet(folder: Path) -> Listing:
     """
     items: list[Item] = []
     left_out: list[tuple[Path, str]] = []
-    for path in _meshes(folder):
+    meshes = _meshes(folder)
+    licences = {parent: _licence(parent) for parent in {path.parent for path in meshes}}
+    for path in meshes:
         match = MEDSHAPENET.fullmatch(path.name)
         if match is None:
             left_out.append((path, "not named NUMBER_STRUCTURE.stl as in MedShapeNet"))
             continue
         source = _medshapenet_source(path, folder, match["subject"])
         category, side = sided(match["name"])
-        licence = _licence(path.parent) or MEDSHAPENET_LICENCES.get(source.removeprefix("MedShapeNet ").lower(), "")
+        licence = licences[path.parent] or MEDSHAPENET_LICENCES.get(source.removeprefix("MedShapeNet ").lower(), "")
         items.append(Item(source, path, plain(category), side, match["subject"], licence or "see MedShapeNet"))
     return Listing(tuple(items), tuple(left_out))
 
@@ -338,13 +375,13 @@ def _licence(folder: Path) -> str:
 
 def from_meshes(folder: Path) -> Listing:
     """STL, PLY, OBJ and VTP files: CATEGORY/SUBJECT.stl in subfolders, or one category named like the folder."""
-    source = folder.resolve().name
+    source, licence = folder.resolve().name, _licence(folder)
     items = []
     for path in _meshes(folder):
         above = path.parent.relative_to(folder).parts
         category, side = sided(above[0] if above else source)
         subject, side_of_file = sided(path.stem)
-        items.append(Item(source, path, plain(category), side or side_of_file, subject, _licence(folder)))
+        items.append(Item(source, path, plain(category), side or side_of_file, subject, licence))
     return Listing(tuple(items))
 
 
