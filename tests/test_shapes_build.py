@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -28,6 +29,7 @@ from genmed.data.shapes.build import build_shapes
 from genmed.data.shapes.collect import correlation, divide, duplicates, from_front, implausible, write_set
 from genmed.data.shapes.items import Record, build, read_record, record_path, write_record
 from genmed.data.shapes.sources import Item, find_items
+from genmed.data.split import PARTS
 from genmed.errors import GenMedError
 from genmed.mesh import Mesh, save_mesh
 from genmed.shape import shape_of
@@ -254,6 +256,32 @@ def test_ray_builds_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         np.testing.assert_array_equal(shapes.stored(i), made.sdf)
 
 
+def test_ray_tries_an_item_twice_whatever_ends_its_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class OutOfMemoryError(Exception): ...
+
+    runs: Counter[str] = Counter()
+
+    def get(batch: list[building.Task]) -> None:
+        for task in batch:
+            runs[task.item.subject] += 1
+            if task.item.subject == "000001" or runs["000002"] == 1:
+                raise OutOfMemoryError
+            task.run()
+
+    others = {name: type(name, (Exception,), {}) for name in ("WorkerCrashedError", "NodeDiedError")}
+    exceptions = SimpleNamespace(OutOfMemoryError=OutOfMemoryError, **others)
+    remote = SimpleNamespace(remote=lambda batch: tuple(batch))
+    ray = SimpleNamespace(exceptions=exceptions, get=get, remote=lambda **options: lambda run: remote,
+                          is_initialized=lambda: True, cluster_resources=dict,
+                          wait=lambda running: (running[:1], running[1:]))  # fmt: skip
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    items = find_items(livers(tmp_path / "set", 3)).items
+    tasks = [building.Task(item, record_path(tmp_path / "work", item, 32, "mm"), 32, "mm") for item in items]
+    assert sum(building._with_ray(tasks, 1)) == 3
+    assert [read_record(task.record).reason for task in tasks] == ["", building.CRASHED, ""]
+    assert runs == {"000000": 1, "000001": 2, "000002": 2}
+
+
 # Label maps
 
 
@@ -368,6 +396,19 @@ def test_own_splits_are_kept_and_small_sources_are_not_divided() -> None:
     assert parts[:5] == ["train", "report", "tune", "train", "train"] and notes[0].startswith("few has 2 subjects")
     assert Counter(parts[5:]) == {"train": 68, "tune": 10, "report": 22}
     assert all(parts[5 + k] == parts[6 + k] for k in range(0, 100, 2))
+
+
+def test_who_shares_a_shape_is_one_person_in_all_sources() -> None:
+    a = [Item("a", Path(f"a{k}"), "kidney", "", f"p{k}") for k in range(40)]
+    b = [Item("b", Path(f"b{k}"), "kidney", "", f"q{-k}") for k in range(40)]
+    there = [*a[1:], *b]  # the first one is a duplicate, and gone
+    alone = divide(there, [], 0)[0]
+    parts, notes = divide(there, [], 0, [*zip(a[:20], b[:20], strict=True), (a[0], a[1])])
+    later = [max(pair, key=PARTS.index) for pair in zip(alone[1:19], alone[41:59], strict=True)]
+    assert parts[1:19] == parts[41:59] == later and alone[1:19] != alone[41:59]
+    assert parts[0] == parts[39] == parts[40] == max((alone[k] for k in (0, 39, 40)), key=PARTS.index)
+    assert parts[19:39] == alone[19:39] and parts[59:] == alone[59:]
+    assert notes == ["40 subjects share shapes with others: as 19 persons."]
 
 
 def test_thumbnails_look_at_the_front_with_the_right_on_the_left() -> None:

@@ -281,6 +281,8 @@ def _with_ray(tasks: Sequence[Task], workers: int) -> Iterator[int]:
     room = 2 * max(1, int(ray.cluster_resources().get("CPU", workers)))
     waiting = deque(_batches(tasks))
     running: dict[Any, list[Task]] = {}
+    lost = (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError, ray.exceptions.NodeDiedError)
+    tried: set[Path] = set()
     try:
         while waiting or running:
             while waiting and len(running) < room:
@@ -290,10 +292,11 @@ def _with_ray(tasks: Sequence[Task], workers: int) -> Iterator[int]:
                 batch = running.pop(reference)
                 try:
                     ray.get(reference)
-                except ray.exceptions.WorkerCrashedError:
-                    left = _unfinished(batch)
-                    if len(batch) == 1 and left:
-                        left[0].give_up()
+                except lost:
+                    for task in _unfinished(batch):
+                        if task.record in tried:
+                            task.give_up()
+                    tried |= {task.record for task in batch}  # each goes once more, by itself
                 left = _unfinished(batch)
                 waiting += [[task] for task in left]
                 yield len(batch) - len(left)

@@ -85,13 +85,14 @@ def write_set(
         reasons += [_reason(item, True, note) for note in record.notes]
     same = duplicates([(item, record) for _, item, record in good])
     reasons += [_reason(good[k][1], False, f"the same shape as {good[first][0]}") for k, first in same.items()]
+    known = [(good[k][1], good[first][1]) for k, first in same.items()]
     good = [entry for k, entry in enumerate(good) if k not in same]
     flags = implausible([(item, record) for _, item, record in good])
     reasons += [_reason(good[k][1], True, flag) for k, flag in flags.items()]
     _write_csv(out / REASONS, reasons)
     if not good:
         raise GenMedError(f"{out / REASONS}: no shape is left; it says why.")
-    parts, notes = divide([item for _, item, _ in good], unseen, seed)
+    parts, notes = divide([item for _, item, _ in good], unseen, seed, known)
     kept = [Kept(*entry, part, flags.get(k, "")) for k, (entry, part) in enumerate(zip(good, parts, strict=True))]
     _write_shards(out / SHARDS, kept)
     rows = index(kept)
@@ -195,11 +196,14 @@ def implausible(shapes: Sequence[tuple[Item, Record]]) -> dict[int, str]:
 # Parts ----------------------------------------------------------------------------------------------------
 
 
-def divide(items: Sequence[Item], unseen: Sequence[str], seed: int) -> tuple[list[str], list[str]]:
+def divide(
+    items: Sequence[Item], unseen: Sequence[str], seed: int, same: Iterable[tuple[Item, Item]] = ()
+) -> tuple[list[str], list[str]]:
     """The part of every item, and notes on sources that could not be divided.
 
-    Sources are divided one by one: by their own split where every item has one, else by subject. Categories in
-    `unseen` are a part of their own, whatever their subject.
+    Sources are divided one by one: by their own split where every item has one, else by subject. Subjects that share
+    a shape, as pairs of items in `same` say, are one person whatever they are called: all go to the last of their
+    parts in the order train, tune, report. Categories in `unseen` are a part of their own, whatever their subject.
     """
     notes: list[str] = []
     part_of: dict[tuple[str, str], str] = {}
@@ -217,8 +221,24 @@ def divide(items: Sequence[Item], unseen: Sequence[str], seed: int) -> tuple[lis
             chosen = {"train": tuple(subjects)}
             notes.append(f"{source} has {len(subjects)} subjects, too few to divide: all of them are in train.")
         part_of |= {(source, subject): part for part, chosen_ones in chosen.items() for subject in chosen_ones}
+    groups = _joined(same)
+    for persons in groups:
+        part = max((part_of[who] for who in persons if who in part_of), key=PARTS.index)
+        part_of |= dict.fromkeys(persons, part)
+    if groups:
+        notes.append(f"{sum(map(len, groups))} subjects share shapes with others: as {len(groups)} persons.")
     parts = ["unseen" if item.category in unseen else part_of[item.source, item.subject] for item in items]
     return parts, notes
+
+
+def _joined(same: Iterable[tuple[Item, Item]]) -> list[set[tuple[str, str]]]:
+    """Sets of (source, subject) that are one person."""
+    group_of: dict[tuple[str, str], set[tuple[str, str]]] = {}
+    for pair in same:
+        persons = {(item.source, item.subject) for item in pair}
+        persons = persons.union(*(group_of[who] for who in persons if who in group_of))
+        group_of |= dict.fromkeys(persons, persons)
+    return [set(persons) for persons in dict.fromkeys(map(frozenset, group_of.values())) if len(persons) > 1]
 
 
 # Files ----------------------------------------------------------------------------------------------------
