@@ -90,3 +90,13 @@ def test_padding_of_a_patch_hides_what_lies_there(trained: Denoiser) -> None:
 @pytest.mark.parametrize("size", [(4, 4, 4), (5, 9, 3), (1, 7, 2)])
 def test_any_size_comes_back_as_it_went_in(trained: Denoiser, size: tuple[int, int, int]) -> None:
     assert trained(draw(1, size), torch.ones(1, 2)).shape == (1, FIELDS.channels, *size)
+
+
+def test_a_scan_of_one_voxel_at_the_coarsest_level_is_seen_there(trained: Denoiser) -> None:
+    z = draw(1, (2, 2, 2)).requires_grad_(False)
+    deepest = trained.net.down[-1]
+    seen: list[Tensor] = []
+    deepest.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    trained(z, torch.ones(1, 2))
+    trained(z + draw(1, (2, 2, 2)).flip(1), torch.ones(1, 2))
+    assert not torch.allclose(seen[0], seen[1])  # a norm of single values would be the same for every scan

@@ -11,7 +11,7 @@ from real import real_set
 from genmed.data.dataset import Dataset, read_dataset
 from genmed.data.fingerprint import PATCH_VOXELS, _patch, fingerprint, plan, prepare
 from genmed.errors import GenMedError
-from genmed.plan import PRESETS, Plan
+from genmed.plan import NORM_GROUPS, PRESETS, Plan
 
 Case = tuple[tuple[int, int, int], np.ndarray]
 
@@ -75,6 +75,13 @@ def test_a_plan_carries_the_words_of_the_data_set(tmp_path: Path) -> None:
     assert planned.labels == ("background", "organ") and planned.label_values == (0, 5)
     assert (planned.name, planned.channels, planned.licence) == ("toy", ("c0",), "CC0")
     assert planned.patch == (40, 56, 40) and planned.widths == PRESETS["base"].widths
+
+
+def test_channels_have_norms_of_their_own_where_the_coarsest_level_is_large_enough(tmp_path: Path) -> None:
+    large = make_set(tmp_path / "large", [((32, 32, 32), np.eye(4))])
+    small = make_set(tmp_path / "small", [((16, 16, 8), np.eye(4))])  # 2 × 2 × 1 voxels at the coarsest level
+    assert plan(fingerprint(large), large).norm_groups == 0
+    assert plan(fingerprint(small), small).norm_groups == NORM_GROUPS
 
 
 @given(sides=st.tuples(*[st.floats(1, 600)] * 3), multiple=st.tuples(*[st.sampled_from([1, 2, 4, 8, 16])] * 3))

@@ -181,7 +181,7 @@ def test_weights_that_do_not_fit_the_plan_are_refused(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "plan", ["", "plan.json", "[]", "{", '{"name": 1}', replace(PLAN, widths=(9, 17)).to_json(), "\xff\xfe"]
+    "plan", ["", "plan.json", "[]", "{", '{"name": 1}', PLAN.to_json().replace("[8, 16]", "[9, 17]"), "\xff\xfe"]
 )
 def test_unusable_plan_is_named(folder: Path, plan: str) -> None:
     (folder / "plan.json").write_text(plan, encoding="latin-1")

@@ -81,6 +81,8 @@ def test_keys_with_defaults_may_be_left_out() -> None:
         ("learning_rate", -1),
         ("thick_slices", 1),
         ("extent_mm", [43, 59, float("inf")]),
+        ("norm_groups", 5),
+        ("norm_groups", -1),
         ("sigma_min", 50.0),
         ("licence", None),
         ("seed", -1),
