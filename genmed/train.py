@@ -84,10 +84,10 @@ def draw_batch(scans: Sequence[Scan], plan: Plan, step: int, process: int = 0) -
 
 
 def spatial_changes(plan: Plan) -> tuple[float, float]:
-    """Probabilities of rotation and scaling, and of a deformation: none, nnU-Net's, or strong, always for few cases."""
+    """Probabilities of rotation and scaling, and of a deformation: none, nnU-Net's, or strong for few cases."""
     if plan.augmentation == "none":
         return 0.0, 0.0
-    return (STRONG, STRONG) if plan.cases or plan.augmentation == "strong" else (USUAL, 0.0)
+    return (STRONG, STRONG) if plan.cases else (USUAL, 0.0)
 
 
 # Clocks ---------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 
 ROTATION = 30 * math.pi / 180
 SCALE = (0.7, 1.4)
-USUAL, STRONG = 0.2, 0.6  # probability of each spatial change; STRONG against overfitting
+USUAL, STRONG = 0.2, 0.6  # probability of each spatial change; STRONG where few cases must do
 UNFOLDED = 0.4  # B-spline grids whose knots move by less than 0.403 of their distance do not fold
 KNOTS = 5  # per axis, of smooth fields: knots are half a patch apart
 CURVE_KNOTS = 8  # of random intensity curves
@@ -167,12 +167,12 @@ def augment(
     """Change the intensities of one patch; `inside` is 0 where it reaches beyond its scan.
 
     Args:
-        kind: `none`, `nnunet` and `strong` (`augment_intensity`), `degraded` (the same, then `worsen`: for coarse input) or
+        kind: `none`, `nnunet` (`augment_intensity`), `degraded` (the same, then `worsen`: for coarse input) or
             `randomised` (`augment_randomised`: for unknown contrasts, too).
     """
     if kind == "none":
         return image
-    if kind in ("nnunet", "strong"):
+    if kind == "nnunet":
         return augment_intensity(image, generator)
     if kind == "degraded":
         return worsen(augment_intensity(image, generator), inside, generator)
