@@ -1,0 +1,196 @@
+"""Complete a structure from what was seen of it: `complete(model, cue) -> Completion`; and `generate` from words."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from genmed.cue import Cue
+from genmed.errors import GenMedError
+from genmed.fields import Field, Fields
+from genmed.guide import consistent, guided, retry
+from genmed.mesh import Mesh, surface
+from genmed.pose import Posed, first_poses
+from genmed.samplers import ancestral, noise, schedule, seeded
+from genmed.shape import TRUNCATION, Shape, encode
+from genmed.shape_model import ShapeModel
+from genmed.tasks.segment import Interval
+from genmed.volume import Grid
+
+STEPS = 16      # noise levels of a trajectory
+STARTS = 4      # poses that each sample is begun at
+KEPT = 3        # one in so many trajectories is kept, those that miss the cue least
+START_SIGMA = 10.0
+RELAX = 1.0     # of the guide's line search
+LENGTH = 4.0    # voxels: how far what a sample missed of the cue is believed to reach
+AMPLITUDE = 1.0
+GP_SIGMA = 0.1  # voxels
+GP_ITERATIONS = 12
+
+Progress = Callable[[float], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Completion:
+    """What `complete` found: `shapes` of all kept samples, best first, in world mm.
+
+    `residual` is the root mean square of what the best sample misses of the cue, in mm. `volume_ml` is an interval
+    over samples if there are at least two.
+    """
+
+    shapes: tuple[Shape, ...]
+    residual: float
+    volume_ml: Interval | None
+    seconds: float
+    seed: int
+    text: str | None
+
+    def probability(self, grid: Grid) -> Float[np.ndarray, "x y z"]:
+        """Share of every voxel of a grid that is inside, averaged over samples."""
+        return np.mean([np.clip(0.5 - _on(shape, grid) / shape.voxel_mm, 0, 1) for shape in self.shapes], axis=0)
+
+    def distance_mm(self, grid: Grid) -> Float[np.ndarray, "x y z"]:
+        """Mean truncated signed distance on a grid."""
+        return np.mean([_on(shape, grid) for shape in self.shapes], axis=0)
+
+    def mesh(self) -> Mesh:
+        """The surface of the mean distance, in world mm."""
+        first = self.shapes[0].grid
+        low, high = (np.stack([f(s.grid.corners_mm(), axis=0) for s in self.shapes]) for f in (np.min, np.max))
+        step = self.shapes[0].voxel_mm
+        shape = np.ceil((high.max(axis=0) - low.min(axis=0)) / step).astype(int)
+        affine = first.affine.copy()
+        affine[:3, 3] = low.min(axis=0) + step / 2
+        x, y, z = (int(n) for n in shape)
+        return surface(self.distance_mm(Grid((x, y, z), affine)), affine)
+
+
+def complete(
+    model: ShapeModel,
+    cue: Cue,
+    *,
+    text: Float[Tensor, " d"] | None = None,
+    samples: int = 4,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Completion:
+    """Draw shapes that agree with a cue; box, scale and pose come from the cue alone.
+
+    Args:
+        text: sentence embedding of a caption (`genmed.text.embed`), or None.
+        samples: how many are returned; several poses are tried for each, and those kept that miss the cue least.
+        progress: called with the finished share.
+
+    Raises:
+        GenMedError: for fewer samples than 1.
+    """
+    started = time.monotonic()
+    if samples < 1:
+        raise GenMedError(f"samples {samples}: must be 1 or more.")
+    volume, posed = draw(model, cue, text, max(KEPT, STARTS) * samples, seed, progress)
+    order = _rank(volume, posed)[: max(samples, 1)]
+    posed.pose = posed.pose[order]
+    volume = honoured(volume[order], posed)
+    shapes = tuple(_shape(v, p) for v, p in zip(volume[:, 0].numpy(), posed.pose.numpy(), strict=True))
+    missed = float((posed.misses(volume[:1], posed.pose[:1]) ** 2).mean().sqrt() * posed.pose[0, 3].exp())
+    return Completion(shapes, missed, _interval(shapes), time.monotonic() - started, seed, None)
+
+
+def draw(
+    model: ShapeModel, cue: Cue, text: Tensor | None, count: int, seed: int, progress: Progress | None = None
+) -> tuple[Float[Tensor, "b 1 n n n"], Posed]:
+    """Guided trajectories: distances of every one and the poses they ended at."""
+    fields, plan = model.fields, model.plan
+    poses = first_poses(cue, plan.size, count, seed)
+    words = None if text is None else model.text_of(text[None]).view(1, -1, 1, 1, 1)
+
+    def trajectory(scale: float) -> tuple[Tensor, Posed]:
+        posed = Posed(model, cue, poses)
+
+        def denoise(z: Tensor, sigma: float) -> Tensor:
+            levels = torch.full((len(z), len(fields)), sigma)
+            levels[:, fields.index("size")] = torch.where(posed.knows_size > 0, sigma, plan.sigma_max)
+            levels[:, fields.index("text")] = plan.sigma_max if words is None else 0.0
+            parts = fields.split(z)
+            if words is not None:
+                parts["text"] = words.expand(len(z), -1, -1, -1, -1)
+            return model.denoiser(fields.join(parts), levels)
+
+        generators = seeded([seed * 1_000_003 + i for i in range(count)])
+        sigmas = schedule(START_SIGMA, plan.sigma_min, STEPS)
+        z = START_SIGMA * noise(torch.zeros(count, fields.channels, 1, 1, 1), generators)
+        steered = guided(denoise, fields, posed, relax=RELAX, scale=scale)
+
+        def report(step: int, sigma: float, z: Tensor, z0_hat: Tensor) -> None:
+            if progress:
+                progress((step + 1) / (STEPS + 2))
+
+        z0 = ancestral(steered, z, sigmas, generators, eta=ETA, callback=report)
+        return z0, posed
+
+    last: list[Posed] = []
+
+    def run(scale: float) -> Tensor:
+        z0, posed = trajectory(scale)
+        last[:] = [posed]
+        return z0
+
+    z0 = retry(run)
+    posed = last[0]
+    posed(z0)  # once more: the pose of the final estimate
+    return model.autoencoder.decode(z0[:, fields.slice("shape")].flatten(1), plan.size), posed
+
+
+ETA = 0.0
+
+
+def _rank(volume: Tensor, posed: Posed) -> list[int]:
+    """Trajectories in the order of what they miss of the cue."""
+    missed = posed.misses(volume)
+    square = torch.log1p(missed**2) if posed.cue.doubtful else missed**2
+    return square.mean(1).argsort().tolist()
+
+
+def honoured(volume: Float[Tensor, "b 1 n n n"], posed: Posed) -> Float[Tensor, "b 1 n n n"]:
+    """Distances with what is still missed of the cue added as a Gaussian process (`genmed.guide.consistent`)."""
+    sdf = Fields(Field("sdf", "continuous", ("sdf",)))
+    sigma = GP_SIGMA * (10 if posed.cue.doubtful else 1)
+
+    def fit(at: Tensor) -> Callable[[Tensor], Tensor]:
+        residual = posed.of_volume(at)
+        return lambda volume: residual(volume) / sigma
+
+    for _ in range(2):  # bounds that were kept before may be left by the first correction
+        volume = consistent(volume, sdf, fit, length=LENGTH, amplitude=AMPLITUDE, iterations=GP_ITERATIONS)
+    return volume
+
+
+def _shape(volume: Float[np.ndarray, "n n n"], pose: Float[np.ndarray, 4]) -> Shape:
+    voxel_mm = float(np.exp(pose[3]))
+    x, y, z = (float(v) for v in pose[:3] - voxel_mm * (len(volume) - 1) / 2)
+    return Shape(encode(volume), voxel_mm, (x, y, z))
+
+
+def _on(shape: Shape, grid: Grid) -> Float[np.ndarray, "x y z"]:
+    """Distances in mm on another grid; beyond the cube, far outside."""
+    from scipy.ndimage import affine_transform
+
+    to_cube = np.linalg.inv(shape.grid.affine) @ grid.affine
+    found = affine_transform(
+        shape.distance, to_cube[:3, :3], to_cube[:3, 3], grid.shape, order=1, mode="constant", cval=TRUNCATION
+    )
+    return np.asarray(found * shape.voxel_mm)
+
+
+def _interval(shapes: Sequence[Shape]) -> Interval | None:
+    if len(shapes) < 2:
+        return None
+    volumes = [float((shape.sdf < 0).sum() * shape.voxel_mm**3 / 1000) for shape in shapes]
+    low, high = np.quantile(volumes, [0.025, 0.975])
+    return Interval(float(np.mean(volumes)), float(low), float(high))
