@@ -27,8 +27,8 @@ MESH_VOXELS = 80     # across a section of a mesh
 class Cue:
     """Bounds lower ≤ d ≤ upper of the signed distance in mm, negative inside, at world points.
 
-    `box_mm` (low, high) holds what was seen inside. `voxel_mm` is how fine the cue is. `doubtful`: some may be wrong (matter
-    that does not belong, noise), so that no single point is trusted.
+    `box_mm` (low, high) holds what was seen inside. `voxel_mm` is how fine the cue is. `doubtful`: some of it may be
+    wrong (matter that does not belong, noise), so that no single point is trusted.
     """
 
     points_mm: Float[np.ndarray, "n 3"]

@@ -35,6 +35,7 @@ COPIES = 2          # of them that the autoencoder is fitted to
 MIXED = 0.2         # probability that two shapes of a category are mixed
 BEND = 0.6          # of the largest deformation that does not fold
 TURN = 0.15         # radians, about every axis
+STEPS = 20_000
 SIDE, MODES, TEXT_CHANNELS, WIDTH, BLOCKS = 32, 192, 64, 512, 6
 
 
@@ -107,7 +108,7 @@ def whitening(embeddings: Float[Tensor, "t e"], weights: Tensor, channels: int) 
     centred = (embeddings - mean).double()
     values, axes = torch.linalg.eigh(centred.T @ (weights.double()[:, None] * centred))
     values, axes = values.flip(0)[:channels], axes.flip(1)[:, :channels]
-    scale = torch.where(values > 1e-4 * values[0].clamp(min=1e-12), values.clamp(min=1e-12).rsqrt(), 0.0)
+    scale = torch.where(values > (1e-4 * values[0]).clamp(min=1e-8), values.clamp(min=1e-12).rsqrt(), 0.0)
     linear = nn.Linear(embeddings.shape[1], channels).requires_grad_(False)
     linear.weight.copy_((axes * scale).T)
     linear.bias.copy_(-linear.weight @ mean)
@@ -222,7 +223,7 @@ def train_shapes(
     *,
     max_minutes: float | None = None,
     resume: bool = False,
-    steps: int = 20_000,
+    steps: int = STEPS,
     seed: int = 0,
     modes: int = MODES,
     width: int = WIDTH,

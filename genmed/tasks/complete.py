@@ -17,15 +17,14 @@ from genmed.fields import Field, Fields
 from genmed.guide import consistent, guided, retry
 from genmed.mesh import Mesh, surface
 from genmed.pose import Posed, first_poses
-from genmed.samplers import ancestral, noise, schedule, seeded
+from genmed.samplers import euler, heun, noise, schedule, seeded
 from genmed.shape import TRUNCATION, Shape, encode
 from genmed.shape_model import ShapeModel
 from genmed.tasks.segment import Interval
 from genmed.volume import Grid
 
 STEPS = 16      # noise levels of a trajectory
-STARTS = 4      # poses that each sample is begun at
-KEPT = 3        # one in so many trajectories is kept, those that miss the cue least
+TRIED = 3       # trajectories from different poses for each sample; those that miss the cue least are kept
 START_SIGMA = 10.0
 RELAX = 1.0     # of the guide's line search
 LENGTH = 4.0    # voxels: how far what a sample missed of the cue is believed to reach
@@ -49,7 +48,6 @@ class Completion:
     volume_ml: Interval | None
     seconds: float
     seed: int
-    text: str | None
 
     def probability(self, grid: Grid) -> Float[np.ndarray, "x y z"]:
         """Share of every voxel of a grid that is inside, averaged over samples."""
@@ -93,13 +91,13 @@ def complete(
     started = time.monotonic()
     if samples < 1:
         raise GenMedError(f"samples {samples}: must be 1 or more.")
-    volume, posed = draw(model, cue, text, max(KEPT, STARTS) * samples, seed, progress)
-    order = _rank(volume, posed)[: max(samples, 1)]
+    volume, posed = draw(model, cue, text, TRIED * samples, seed, progress)
+    order = _rank(volume, posed)[:samples]
     posed.pose = posed.pose[order]
     volume = honoured(volume[order], posed)
     shapes = tuple(_shape(v, p) for v, p in zip(volume[:, 0].numpy(), posed.pose.numpy(), strict=True))
     missed = float((posed.misses(volume[:1], posed.pose[:1]) ** 2).mean().sqrt() * posed.pose[0, 3].exp())
-    return Completion(shapes, missed, _interval(shapes), time.monotonic() - started, seed, None)
+    return Completion(shapes, missed, _interval(shapes), time.monotonic() - started, seed)
 
 
 def draw(
@@ -131,8 +129,7 @@ def draw(
             if progress:
                 progress((step + 1) / (STEPS + 2))
 
-        z0 = ancestral(steered, z, sigmas, generators, eta=ETA, callback=report)
-        return z0, posed
+        return euler(steered, z, sigmas, callback=report), posed
 
     last: list[Posed] = []
 
@@ -147,7 +144,32 @@ def draw(
     return model.autoencoder.decode(z0[:, fields.slice("shape")].flatten(1), plan.size), posed
 
 
-ETA = 0.0
+@torch.no_grad()
+def generate(
+    model: ShapeModel, count: int, *, text: Float[Tensor, " e"] | None = None, seed: int = 0
+) -> tuple[Shape, ...]:
+    """Draw complete shapes around the world's origin, of a caption's sentence embedding or of whatever is known.
+
+    Raises `GenMedError` for fewer shapes than 1.
+    """
+    if count < 1:
+        raise GenMedError(f"count {count}: must be 1 or more.")
+    fields, plan = model.fields, model.plan
+    words = torch.zeros(1, plan.text_channels) if text is None else model.text_of(text[None])
+    level = torch.tensor([0.0, 0.0, plan.sigma_max if text is None else 0.0])
+
+    def denoise(z: Tensor, sigma: float) -> Tensor:
+        parts = fields.split(z) | {"text": words[..., None, None, None].expand(len(z), -1, -1, -1, -1)}
+        levels = (level + torch.tensor([sigma, sigma, 0.0])).expand(len(z), -1)
+        return model.denoiser(fields.join(parts), levels)
+
+    generators = seeded([seed * 1_000_003 + i for i in range(count)])
+    z = plan.sigma_max * noise(torch.zeros(count, fields.channels, 1, 1, 1), generators)
+    drawn = fields.split(heun(denoise, z, schedule(plan.sigma_max, plan.sigma_min, STEPS)))
+    volume = model.autoencoder.decode(drawn["shape"].flatten(1), plan.size)
+    log_mm = model.log_voxel_mm(drawn["size"].flatten(1))
+    poses = torch.cat([torch.zeros(count, 3), log_mm], dim=1)
+    return tuple(_shape(v, p) for v, p in zip(volume[:, 0].numpy(), poses.numpy(), strict=True))
 
 
 def _rank(volume: Tensor, posed: Posed) -> list[int]:
