@@ -7,6 +7,7 @@ voxel_mm · S(q), q = (p − centre) / voxel_mm, with S the decoded distances in
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from genmed.shape import MARGIN, TRUNCATION
 from genmed.shape_model import KNOWN_SIZE, ShapeModel
 
 SIGMA = 0.7       # voxels of the shape's cube: how far a single bound may be missed
+WORTH = 600       # points at most that count as independent of one another
 DOUBT = 1.0       # voxels beyond which a bound of a doubtful cue counts less and less
 SIZE_SIGMA = 0.3  # by how many standard deviations size and pose may disagree
 ITERATIONS = 2    # Levenberg-Marquardt steps a call
@@ -36,18 +38,20 @@ def sample(volume: Float[Tensor, "b 1 n n n"], q: Float[Tensor, "b m 3"], size: 
     low = held.floor().clamp(max=n - 2)
     part, low = held - low, low.long()
     flat, values = volume.flatten(1), beyond
-    for corner in range(8):
-        bits = torch.tensor([corner >> 2 & 1, corner >> 1 & 1, corner & 1])
-        weight = torch.where(bits.bool(), part, 1 - part).prod(dim=2)
-        x, y, z = (low + bits).unbind(dim=2)
-        values = values + weight * flat.gather(1, (x * n + y) * n + z)
+    x, y, z = low.unbind(dim=2)
+    base = (x * n + y) * n + z
+    sides = [((1 - t), t) for t in part.unbind(dim=2)]
+    for i, j, k in product((0, 1), repeat=3):
+        weight = sides[0][i] * sides[1][j] * sides[2][k]
+        values = values + weight * flat.gather(1, base + ((i * n + j) * n + k))
     return values
 
 
 def first_poses(cue: Cue, size: int, count: int, seed: int = 0) -> Float[Tensor, "count 4"]:
     """Poses that a cue allows, by its own bounding box alone; the first takes the box as that of the whole structure.
 
-    Others are up to 1.8 times as large and moved along the axes that were not seen as far as the largest one.
+    Others are larger, most of them slightly (a fifth at most, or four fifths where an axis was not seen), and moved
+    within the room that this leaves.
     """
     low, high = cue.box_mm
     extent, middle = high - low, (low + high) / 2
@@ -55,7 +59,7 @@ def first_poses(cue: Cue, size: int, count: int, seed: int = 0) -> Float[Tensor,
     spread = torch.rand(count, 4, generator=generator, dtype=torch.float64).numpy()
     spread[0] = [0.5, 0.5, 0.5, 0.0]
     flat = 0.3 * extent.max() > extent  # a plane: nothing is known of this axis
-    longest = extent.max() * np.exp(spread[:, 3:] * np.log(1.8) * (0.4 + 0.6 * flat.any()))
+    longest = extent.max() * (1.8 if flat.any() else 1.2) ** (spread[:, 3:] ** 2)
     room = (longest - extent) * np.where(flat, 0.6, 0.5)
     centre = middle + (spread[:, :3] - 0.5) * room
     return torch.from_numpy(np.concatenate([centre, np.log(MARGIN * longest / size)], axis=1)).float()
@@ -65,7 +69,7 @@ class Posed:
     """The residual of a cue as `genmed.guide.guided` takes it: poses are fitted at an estimate, then frozen.
 
     Keeps the pose of every sample between calls, so that each starts where the last one ended. The residual holds
-    d̂ − clip(d̂, lower, upper) in voxels at every point over `SIGMA`, and, where the model has an opinion about such
+    d̂ − clip(d̂, lower, upper) in voxels at every point over `sigma`, and, where the model has an opinion about such
     sizes, the disagreement of the field `size` with the pose.
     """
 
@@ -73,6 +77,7 @@ class Posed:
         self.model, self.cue, self.fixed = model, cue, fixed
         self.pose = poses.clone()
         self.points = torch.from_numpy(cue.points_mm).float()
+        self.sigma = SIGMA * max(1.0, len(self.points) / WORTH) ** 0.5
         self.lower, self.upper = (torch.from_numpy(b).float() for b in (cue.lower_mm, cue.upper_mm))
 
     @property
@@ -85,7 +90,7 @@ class Posed:
         if not self.fixed:
             for _ in range(ITERATIONS):
                 self._improve(volume, size)
-        weight = self._weights(self.misses(volume)) / SIGMA
+        weight = self._weights(self.misses(volume)) / self.sigma
         q, low, high = self._placed(self.pose)
         known = self.knows_size[:, None] / SIZE_SIGMA
         target = self.model.size_of(self.pose[:, 3:])
@@ -109,9 +114,8 @@ class Posed:
         return _missed(sample(volume, q, self.model.plan.size), low, high)
 
     def cost(self, z0: Float[Tensor, "b c 1 1 1"]) -> Float[Tensor, " b"]:
-        """Mean squared miss in voxels (a doubtful cue: saturating), with the size's share."""
-        volume, size = self._parts(z0)
-        return self._cost(volume, size, self.pose) / len(self.points)
+        """What the poses minimise: squared misses (a doubtful cue: saturating), whitened, and the size's share."""
+        return self._cost(*self._parts(z0), self.pose)
 
     def _parts(self, z0: Tensor) -> tuple[Tensor, Tensor]:
         fields = self.model.fields
@@ -134,7 +138,7 @@ class Posed:
         missed = self.misses(volume, pose)
         square = DOUBT**2 * torch.log1p((missed / DOUBT) ** 2) if self.cue.doubtful else missed**2
         apart = (self.model.size_of(pose[:, 3:]) - size) / SIZE_SIGMA
-        return square.sum(1) / SIGMA**2 + self.knows_size * (apart**2).sum(1)
+        return square.sum(1) / self.sigma**2 + self.knows_size * (apart**2).sum(1)
 
     @torch.no_grad()
     def _improve(self, volume: Tensor, size: Tensor) -> None:
@@ -149,7 +153,7 @@ class Posed:
         active = (missed != 0).float()[..., None]
         bound = torch.where(missed < 0, low, high)[..., None]  # scales with the voxel, too
         jacobian = active * torch.cat([-slope, bound - (slope * q).sum(2, keepdim=True)], dim=2)
-        weight = self._weights(missed)[..., None] / SIGMA
+        weight = self._weights(missed)[..., None] / self.sigma
         a, r = weight * jacobian, weight[..., 0] * missed
         normal, right = a.transpose(1, 2) @ a, (a.transpose(1, 2) @ r[..., None])[..., 0]
         share = self.knows_size / (self.model.plan.size_deviation * SIZE_SIGMA) ** 2

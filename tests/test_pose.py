@@ -76,7 +76,7 @@ def test_the_pose_of_a_moved_and_scaled_ellipsoid_is_found(planes: bool) -> None
         posed(codes(toy))
     np.testing.assert_allclose(posed.pose[0, :3].numpy(), centre, atol=0.6)
     assert posed.pose[0, 3].exp().item() == pytest.approx(voxel_mm, rel=0.03)
-    assert float(posed.cost(codes(toy))) < 0.2
+    assert float(posed.misses(toy.autoencoder.decode(torch.zeros(1, MODES))).square().mean()) < 0.1
 
 
 def test_first_poses_hold_what_was_seen_and_the_first_is_its_box() -> None:
@@ -139,7 +139,7 @@ def test_guided_completion_of_a_gaussian_is_its_posterior_mean() -> None:
         return z / (1 + sigma**2)
 
     z = torch.zeros_like(codes(toy))
-    found = euler(guided(denoise, toy.fields, posed, relax=1.0), z, schedule(20.0, 0.01, 400))
+    found = euler(guided(denoise, toy.fields, posed, relax=1.0), z, schedule(20.0, 0.02, 100))
     torch.testing.assert_close(found[0, :2].flatten(), exact, atol=0.1, rtol=0.1)
     assert found[0, 2].item() == pytest.approx(float(exact_size), abs=0.15)
 

@@ -26,6 +26,7 @@ from genmed.volume import Grid
 STEPS = 16      # noise levels of a trajectory
 TRIED = 3       # trajectories from different poses for each sample; those that miss the cue least are kept
 START_SIGMA = 10.0
+POSED_BELOW = 1.0  # noise level from which poses are fitted: louder estimates are blurred, and seem too small
 RELAX = 1.0     # of the guide's line search
 LENGTH = 4.0    # voxels: how far what a sample missed of the cue is believed to reach
 AMPLITUDE = 1.0
@@ -91,10 +92,12 @@ def complete(
     started = time.monotonic()
     if samples < 1:
         raise GenMedError(f"samples {samples}: must be 1 or more.")
-    volume, posed = draw(model, cue, text, TRIED * samples, seed, progress)
-    order = _rank(volume, posed)[:samples]
+    z0, posed = draw(model, cue, text, TRIED * samples, seed, progress)
+    order = energy(z0, posed).argsort()[:samples]
+    codes = z0[order][:, model.fields.slice("shape")].flatten(1)
+    volume = model.autoencoder.decode(codes, model.plan.size)
     posed.pose = posed.pose[order]
-    volume = honoured(volume[order], posed)
+    volume = honoured(volume, posed)
     shapes = tuple(_shape(v, p) for v, p in zip(volume[:, 0].numpy(), posed.pose.numpy(), strict=True))
     missed = float((posed.misses(volume[:1], posed.pose[:1]) ** 2).mean().sqrt() * posed.pose[0, 3].exp())
     return Completion(shapes, missed, _interval(shapes), time.monotonic() - started, seed)
@@ -102,16 +105,20 @@ def complete(
 
 def draw(
     model: ShapeModel, cue: Cue, text: Tensor | None, count: int, seed: int, progress: Progress | None = None
-) -> tuple[Float[Tensor, "b 1 n n n"], Posed]:
-    """Guided trajectories: distances of every one and the poses they ended at."""
+) -> tuple[Float[Tensor, "b c 1 1 1"], Posed]:
+    """Guided trajectories: the fields of every one and the poses they ended at."""
     fields, plan = model.fields, model.plan
     poses = first_poses(cue, plan.size, count, seed)
     words = None if text is None else model.text_of(text[None]).view(1, -1, 1, 1, 1)
 
-    def trajectory(scale: float) -> tuple[Tensor, Posed]:
+    last: list[Posed] = []
+
+    def trajectory(scale: float) -> Tensor:
         posed = Posed(model, cue, poses)
+        last[:] = [posed]
 
         def denoise(z: Tensor, sigma: float) -> Tensor:
+            posed.fixed = sigma > POSED_BELOW
             levels = torch.full((len(z), len(fields)), sigma)
             levels[:, fields.index("size")] = torch.where(posed.knows_size > 0, sigma, plan.sigma_max)
             levels[:, fields.index("text")] = plan.sigma_max if words is None else 0.0
@@ -129,19 +136,11 @@ def draw(
             if progress:
                 progress((step + 1) / (STEPS + 2))
 
-        return euler(steered, z, sigmas, callback=report), posed
+        return euler(steered, z, sigmas, callback=report)
 
-    last: list[Posed] = []
-
-    def run(scale: float) -> Tensor:
-        z0, posed = trajectory(scale)
-        last[:] = [posed]
-        return z0
-
-    z0 = retry(run)
-    posed = last[0]
-    posed(z0)  # once more: the pose of the final estimate
-    return model.autoencoder.decode(z0[:, fields.slice("shape")].flatten(1), plan.size), posed
+    z0 = retry(trajectory)
+    last[0](z0)  # once more: the pose of the final estimate
+    return z0, last[0]
 
 
 @torch.no_grad()
@@ -172,11 +171,15 @@ def generate(
     return tuple(_shape(v, p) for v, p in zip(volume[:, 0].numpy(), poses.numpy(), strict=True))
 
 
-def _rank(volume: Tensor, posed: Posed) -> list[int]:
-    """Trajectories in the order of what they miss of the cue."""
-    missed = posed.misses(volume)
-    square = torch.log1p(missed**2) if posed.cue.doubtful else missed**2
-    return square.mean(1).argsort().tolist()
+def energy(z0: Float[Tensor, "b c 1 1 1"], posed: Posed) -> Float[Tensor, " b"]:
+    """By how much a trajectory misses the cue, and how far its shape and size are from the middle of all shapes.
+
+    Minus twice the logarithm of the posterior if codes were Gaussian. Where the cue leaves much open, all trajectories
+    meet it, and the second part decides.
+    """
+    fields = posed.model.fields
+    prior = sum((z0[:, fields.slice(name)].flatten(1) ** 2).sum(1) for name in ("shape", "size"))
+    return posed.cost(z0) + prior
 
 
 def honoured(volume: Float[Tensor, "b 1 n n n"], posed: Posed) -> Float[Tensor, "b 1 n n n"]:
