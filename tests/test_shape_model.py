@@ -5,15 +5,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_cli import failed_in_one_line
 from tiny_shapes import write_shapes
+from typer.testing import CliRunner
 
 import genmed as gm
 from genmed import hub, shape_model
+from genmed.cli import app
 from genmed.data.shapes import read_shapes
 from genmed.errors import GenMedError
 from genmed.shape_model import ShapeModel, ShapePlan, build_shapes_model, load_shapes, save_shapes
 from genmed.train_shapes import (
     MIXTURE,
+    STEPS,
     ShapeBatch,
     ShapeLoss,
     category_weights,
@@ -186,3 +190,16 @@ def test_plans_survive_json_and_name_what_is_wrong() -> None:
 def test_too_few_shapes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(GenMedError, match=r"holds no index\.parquet"):
         train_shapes(tmp_path, tmp_path / "out")
+
+
+def test_the_train_command_knows_a_folder_of_shapes(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caught = {}
+    monkeypatch.setattr("genmed.train_shapes.train_shapes", lambda folder, out, **options: caught.update(options))
+    options = ["--out", str(tmp_path / "out"), "--max-minutes", "3", "--resume", "--seed", "2"]
+    result = CliRunner().invoke(app, ["train", str(data), *options])
+    assert result.exit_code == 0, result.output
+    assert caught == {"max_minutes": 3.0, "resume": True, "steps": STEPS, "seed": 2}
+    refused = CliRunner().invoke(app, ["train", str(data), *options, "--init", "x"])
+    failed_in_one_line(refused, "--init", "not for shapes")
