@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from genmed.errors import GenMedError
-from genmed.mesh import Mesh
+from genmed.mesh import Mesh, winding
 from genmed.volume import Volume
 
 POINTS = 6000
@@ -144,8 +144,6 @@ def cue_of_mesh(
     """
     import trimesh
 
-    from genmed.mesh import _winding
-
     cut = trimesh.Trimesh(mesh.vertices, mesh.faces, process=False)
     sections = []
     for name, positions in planes_mm.items():
@@ -160,7 +158,7 @@ def cue_of_mesh(
     extent = max(float(np.ptp(bounds, axis=0).max()) for _, _, bounds in sections)
     step = extent / MESH_VOXELS
     points = np.concatenate([_plane(axis, at, bounds, extent * ROOM, step) for axis, at, bounds in sections])
-    inside = np.asarray(_winding(mesh, points) > 0.5)
+    inside = np.asarray(winding(mesh, points) > 0.5)
     return cue_of_points(points, inside, step, doubtful=doubtful, seed=seed)
 
 
@@ -197,9 +195,14 @@ def cue_of_points(
 
 
 def cue_of_surface_points(points_mm: Float[np.ndarray, "n 3"], sigma_mm: float) -> Cue:
-    """The cue of noisy points on the surface, of this standard deviation: |d| ≤ 3 σ, and no point is trusted."""
+    """The cue of noisy points on the surface, of this standard deviation: d = 0, and no point is trusted.
+
+    Noise widens the box of the points, by about its deviation on either side.
+    """
     if not len(points_mm) or not np.isfinite(points_mm).all():
         raise GenMedError("the cue is empty: there are no finite points; give points on the surface.")
-    bound = np.full(len(points_mm), 3 * sigma_mm)
-    box_mm = np.stack([points_mm.min(axis=0), points_mm.max(axis=0)])
-    return Cue(np.asarray(points_mm, float), -bound, bound, box_mm, max(sigma_mm, 1e-3), doubtful=True)
+    zero = np.zeros(len(points_mm))
+    middle = (points_mm.min(axis=0) + points_mm.max(axis=0)) / 2
+    half = np.maximum(np.ptp(points_mm, axis=0) / 2 - sigma_mm, sigma_mm)
+    box_mm = np.stack([middle - half, middle + half])
+    return Cue(np.asarray(points_mm, float), zero, zero, box_mm, max(sigma_mm, 1e-3), doubtful=True)

@@ -295,7 +295,7 @@ def _outward(mesh: Mesh, notes: list[str]) -> Mesh:
 def _inside(mesh: Mesh, piece_of: np.ndarray, largest: int) -> np.ndarray:
     """Which pieces lie inside the largest one: by a corner of each."""
     corners = mesh.vertices[mesh.faces[np.unique(piece_of, return_index=True)[1], 0]]
-    inside = np.abs(_winding(_subset(mesh, piece_of == largest), corners)) > 0.5
+    inside = np.abs(winding(_subset(mesh, piece_of == largest), corners)) > 0.5
     inside[largest] = False
     return inside
 
@@ -347,7 +347,7 @@ def signed_distance(mesh: Mesh, grid: Grid, limit_mm: float = np.inf) -> Float[n
         near = _near(mesh, grid, limit_mm).ravel()
     distance = np.full(len(points), limit_mm, dtype=np.float64)
     distance[near] = np.minimum(_distance(mesh, points[near]), limit_mm)
-    inside = _winding(mesh, points) > 0.5
+    inside = winding(mesh, points) > 0.5
     return np.where(inside, -distance, distance).reshape(grid.shape).astype(np.float32)
 
 
@@ -374,7 +374,8 @@ def _distance(mesh: Mesh, points: np.ndarray) -> np.ndarray:
     return np.asarray(point_cloud_utils.closest_points_on_mesh(*_plain(points, mesh.vertices, mesh.faces))[0])
 
 
-def _winding(mesh: Mesh, points: np.ndarray) -> np.ndarray:
+def winding(mesh: Mesh, points: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, " n"]:
+    """Generalised winding number of points in mm: about 1 inside, 0 outside."""
     import point_cloud_utils
 
     points, vertices, faces = _plain(points, mesh.vertices, mesh.faces)

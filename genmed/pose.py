@@ -50,8 +50,9 @@ def sample(volume: Float[Tensor, "b 1 n n n"], q: Float[Tensor, "b m 3"], size: 
 def first_poses(cue: Cue, size: int, count: int, seed: int = 0) -> Float[Tensor, "count 4"]:
     """Poses that a cue allows, by its own bounding box alone; the first takes the box as that of the whole structure.
 
-    Others are larger, most of them slightly (a fifth at most, or four fifths where an axis was not seen), and moved
-    within the room that this leaves.
+    Others are larger, most of them slightly (a fifth at most, or 2.2 times where an axis was not seen: a section across
+    a long structure), and moved within the room that this leaves. Matter in excess makes the box of a doubtful cue too
+    large, so that they may be smaller by a quarter there.
     """
     low, high = cue.box_mm
     extent, middle = high - low, (low + high) / 2
@@ -59,8 +60,10 @@ def first_poses(cue: Cue, size: int, count: int, seed: int = 0) -> Float[Tensor,
     spread = torch.rand(count, 4, generator=generator, dtype=torch.float64).numpy()
     spread[0] = [0.5, 0.5, 0.5, 0.0]
     flat = 0.3 * extent.max() > extent  # a plane: nothing is known of this axis
-    longest = extent.max() * (1.8 if flat.any() else 1.2) ** (spread[:, 3:] ** 2)
-    room = (longest - extent) * np.where(flat, 0.6, 0.5)
+    longest = extent.max() * (2.2 ** spread[:, 3:] if flat.any() else 1.2 ** spread[:, 3:] ** 2)
+    if cue.doubtful:
+        longest = longest * 0.75 ** spread[:, 3:]
+    room = np.abs(longest - extent) * np.where(flat, 0.6, 0.5)
     centre = middle + (spread[:, :3] - 0.5) * room
     return torch.from_numpy(np.concatenate([centre, np.log(MARGIN * longest / size)], axis=1)).float()
 

@@ -91,9 +91,12 @@ def test_beyond_its_planes_a_mesh_may_be_anything() -> None:
     np.testing.assert_allclose(cues[0].upper_mm, cues[1].upper_mm)
 
 
-def test_noisy_points_bound_by_three_deviations() -> None:
-    cue = cue_of_surface_points(np.random.default_rng(0).normal(size=(50, 3)), 2.0)
-    assert cue.doubtful and set(cue.upper_mm) == {6.0} and set(cue.lower_mm) == {-6.0}
+def test_noisy_points_lie_on_the_surface_and_are_not_trusted() -> None:
+    rng = np.random.default_rng(0)
+    points = ball(30.0).vertices + rng.normal(0, 2.0, ball(30.0).vertices.shape)
+    cue = cue_of_surface_points(points, 2.0)
+    assert cue.doubtful and not cue.upper_mm.any() and not cue.lower_mm.any()
+    np.testing.assert_allclose(cue.box_mm, [[-30] * 3, [30] * 3], atol=4)
 
 
 def test_cues_without_anything_inside_are_refused() -> None:

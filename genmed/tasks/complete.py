@@ -24,7 +24,7 @@ from genmed.tasks.segment import Interval
 from genmed.volume import Grid
 
 STEPS = 16      # noise levels of a trajectory
-TRIED = 3       # trajectories from different poses for each sample; those that miss the cue least are kept
+TRIED = 6       # trajectories from different poses for each sample; those that miss the cue least are kept
 START_SIGMA = 10.0
 POSED_BELOW = 1.0  # noise level from which poses are fitted: louder estimates are blurred, and seem too small
 RELAX = 1.0     # of the guide's line search
@@ -183,9 +183,13 @@ def energy(z0: Float[Tensor, "b c 1 1 1"], posed: Posed) -> Float[Tensor, " b"]:
 
 
 def honoured(volume: Float[Tensor, "b 1 n n n"], posed: Posed) -> Float[Tensor, "b 1 n n n"]:
-    """Distances with what is still missed of the cue added as a Gaussian process (`genmed.guide.consistent`)."""
+    """Distances with what is still missed of the cue added as a Gaussian process (`genmed.guide.consistent`).
+
+    A doubtful cue is taken as exact to its own fineness only.
+    """
     sdf = Fields(Field("sdf", "continuous", ("sdf",)))
-    sigma = GP_SIGMA * (10 if posed.cue.doubtful else 1)
+    own = max(1.0, float(posed.cue.voxel_mm / posed.pose[:, 3].exp().min()))
+    sigma = own if posed.cue.doubtful else GP_SIGMA
 
     def fit(at: Tensor) -> Callable[[Tensor], Tensor]:
         residual = posed.of_volume(at)
