@@ -371,7 +371,7 @@ def _row(name: str, folder: Path, origin: str) -> Row:
         files = read_folder(folder)
         card = _card(files, str(folder))
         shapes = is_shapes(files)
-        names = tuple(json.loads(files[PLAN])["categories"]) if shapes else _plan(files, str(folder)).labels[1:]
+        names = tuple(json.loads(files[PLAN]).get("categories", ())) if shapes else _plan(files, str(folder)).labels[1:]
     except GenMedError as error:
         return Row(name, origin, (), "", CODE_LICENCE, 0.0, None, str(error))
     size = sum(len(content) for content in files.values()) / 1e6

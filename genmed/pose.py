@@ -121,10 +121,9 @@ class Posed:
         return self._cost(*self._parts(z0), self.pose)
 
     def _parts(self, z0: Tensor) -> tuple[Tensor, Tensor]:
-        fields = self.model.fields
-        return self.model.autoencoder.decode(z0[:, fields.slice("shape")].flatten(1)), z0[
-            :, fields.slice("size")
-        ].flatten(1)
+        """Distances on the autoencoder's grid, and the field `size`."""
+        parts = self.model.fields.split(z0)
+        return self.model.autoencoder.decode(parts["shape"].flatten(1)), parts["size"].flatten(1)
 
     def _placed(self, pose: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Points in the cube's voxels from its middle, and bounds in its voxels."""

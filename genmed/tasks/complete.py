@@ -99,6 +99,8 @@ def complete(
     posed.pose = posed.pose[order]
     volume = honoured(volume, posed)
     shapes = tuple(_shape(v, p) for v, p in zip(volume[:, 0].numpy(), posed.pose.numpy(), strict=True))
+    if progress:
+        progress(1.0)
     missed = float((posed.misses(volume[:1], posed.pose[:1]) ** 2).mean().sqrt() * posed.pose[0, 3].exp())
     return Completion(shapes, missed, _interval(shapes), time.monotonic() - started, seed)
 
@@ -188,8 +190,8 @@ def honoured(volume: Float[Tensor, "b 1 n n n"], posed: Posed) -> Float[Tensor, 
     A doubtful cue is taken as exact to its own fineness only.
     """
     sdf = Fields(Field("sdf", "continuous", ("sdf",)))
-    own = max(1.0, float(posed.cue.voxel_mm / posed.pose[:, 3].exp().min()))
-    sigma = own if posed.cue.doubtful else GP_SIGMA
+    own = (posed.cue.voxel_mm / posed.pose[:, 3:].exp()).clamp(min=1.0)
+    sigma = own if posed.cue.doubtful else torch.full_like(own, GP_SIGMA)
 
     def fit(at: Tensor) -> Callable[[Tensor], Tensor]:
         residual = posed.of_volume(at)
