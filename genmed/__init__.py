@@ -14,7 +14,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from genmed.errors import GenMedError as GenMedError
     from genmed.hub import Model as Model
-    from genmed.hub import load as load
+    from genmed.shape_model import ShapeModel as ShapeModel
+    from genmed.shape_model import load as load
+    from genmed.tasks.complete import Completion as Completion
+    from genmed.tasks.complete import complete as complete
+    from genmed.tasks.complete import generate as generate
     from genmed.tasks.restore import Restoration as Restoration
     from genmed.tasks.restore import restore as restore
     from genmed.tasks.restore import translate as translate
@@ -27,12 +31,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Completion": "genmed.tasks.complete",
     "GenMedError": "genmed.errors",
     "Model": "genmed.hub",
     "Restoration": "genmed.tasks.restore",
+    "ShapeModel": "genmed.shape_model",
     "Segmentation": "genmed.tasks.segment",
     "Volume": "genmed.volume",
-    "load": "genmed.hub",
+    "complete": "genmed.tasks.complete",
+    "generate": "genmed.tasks.complete",
+    "load": "genmed.shape_model",
     "read": "genmed.volume",
     "read_labels": "genmed.volume",
     "restore": "genmed.tasks.restore",

@@ -239,10 +239,20 @@ def train(
     ] = None,
     draw: Annotated[int, typer.Option(metavar="K", help="Seed of the choice of these N cases.")] = 0,
 ) -> None:
-    """Train one joint model of images and labels on a data set."""
+    """Train one joint model of images and labels on a data set, or of shapes on a folder of `data build-shapes`."""
     from genmed.train import leave_group
     from genmed.train import train as run
 
+    if (folder / "index.parquet").is_file():
+        from genmed.train_shapes import STEPS as SHAPE_STEPS
+        from genmed.train_shapes import train_shapes
+
+        others = {"--split": split, "--spacing": spacing, "--init": init, "--cases": cases}
+        if given := [name for name, value in others.items() if value is not None]:
+            raise GenMedError(f"{given[0]}: not for shapes ({folder}); leave it out.")
+        train_shapes(folder, out, max_minutes=max_minutes, resume=resume, steps=steps or SHAPE_STEPS, seed=seed)
+        leave_group()
+        return
     run(
         folder,
         out,
@@ -381,6 +391,61 @@ def _report_failures(outcome: Outcome) -> None:
         for case, reason in outcome.failed.items():
             typer.echo(f"  {case}: {reason}", err=True)
         raise typer.Exit(1)
+
+
+@app.command("complete")
+def complete_shape(
+    part: Annotated[Path, typer.Argument(metavar="PART", help="Binary label map, or surface in mm.")],
+    model: ModelName,
+    out: Annotated[Path, typer.Option(help="A .nii.gz, .stl, .ply or .glb file.")],
+    planes: Annotated[
+        str | None,
+        typer.Option(metavar="A=N,...", help="Seen planes, axial=40,coronal=52: indices; of surfaces: mm."),
+    ] = None,
+    observed: Annotated[Path | None, typer.Option(metavar="MASK", help="Mask of the voxels that were seen.")] = None,
+    text: Annotated[str | None, typer.Option(help="What it is, in words.")] = None,
+    samples: Annotated[int, typer.Option(help="Shapes to average.")] = 4,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Complete a structure from planes, a part or a broken surface of it.
+
+    With --planes or --observed, everything else of PART is unseen, whatever it holds. A label map lies on PART's grid.
+    """
+    from genmed.shape_model import load_shapes
+    from genmed.tasks.shapes import complete_file
+
+    facts = complete_file(
+        load_shapes(model), part, out, planes=planes, observed=observed, text=text, samples=samples, seed=seed,
+        command=_command_line(),
+    )  # fmt: skip
+    _warn(facts)
+    short = f"residual {facts['residual_mm']:.2f} mm, {facts['seconds']:.1f} s -> {facts['out']}"
+    typer.echo(_json(facts) if as_json else short)
+
+
+@app.command("generate")
+def generate_shapes(
+    model: ModelName,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the surfaces.")],
+    text: Annotated[str | None, typer.Option(help="What to draw, in words; default: anything.")] = None,
+    count: Annotated[int, typer.Option("-n", help="Number of shapes.")] = 8,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Draw shapes from words, as STL in mm around the origin, with generated.json."""
+    from genmed.shape_model import load_shapes
+    from genmed.tasks.shapes import generate_files
+
+    facts = generate_files(load_shapes(model), out, count, text=text, seed=seed, command=_command_line())
+    _warn(facts)
+    lines = [f"{row['file']}: {row['volume_ml']:.4g} ml, {row['extent_mm']:.4g} mm" for row in facts["shapes"]]
+    typer.echo(_json(facts) if as_json else "\n".join(lines))
+
+
+def _warn(facts: dict[str, Any]) -> None:
+    if facts["warning"]:
+        typer.echo(f"genmed: {facts['warning']}", err=True)
 
 
 @app.command()

@@ -1,13 +1,11 @@
 """The joint model: a denoiser of all fields at once, each (or each voxel) at its own noise level."""
 
-from collections.abc import Sequence
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from genmed.fields import Fields, image_and_label
-from genmed.nets.unet import Triple, UNet
+from genmed.nets.unet import UNet
 from genmed.plan import Plan
 
 SMALLEST_SIGMA = 0.01  # what the network is told of a clean voxel: ln σ must stay finite
@@ -24,19 +22,19 @@ class Denoiser(nn.Module):
 
     Noise at `sigma_max` drowns everything: the network is shown zeros there, so that a hidden field costs
     no random numbers and one conditional evaluation is deterministic.
+
+    `net` maps (b, c + f, x, y, z), the scaled fields and ln σ / 4, with conditions (b, f) to (b, c, x, y, z). Its last
+    layer is `net.head`, one row of weights a channel.
     """
 
-    def __init__(
-        self, fields: Fields, widths: tuple[int, ...], strides: Sequence[Triple], sigma_max: float, groups: int = 0
-    ) -> None:
+    def __init__(self, fields: Fields, net: nn.Module, sigma_max: float) -> None:
         super().__init__()
         self.fields = fields
         self.sigma_max = sigma_max
-        levels = len(fields)
-        self.net = UNet(fields.channels + levels, fields.channels, widths, strides, levels, groups)
+        self.net = net
         for field in fields:
             if field.kind == "continuous":  # start as the Wiener filter of unit variance
-                nn.init.zeros_(self.net.head.weight.data[fields.slice(field.name)])
+                nn.init.zeros_(net.head.weight.data[fields.slice(field.name)])  # type: ignore
 
     def forward(
         self, z: Float[Tensor, "b c x y z"], sigma: Float[Tensor, "b f"] | Float[Tensor, "b f x y z"]
@@ -98,4 +96,6 @@ def fast_arithmetic(device: str) -> torch.autocast:
 def build(plan: Plan) -> Denoiser:
     """The untrained denoiser that a plan describes."""
     fields = image_and_label(plan.channels, plan.labels)
-    return Denoiser(fields, plan.widths, plan.strides, plan.sigma_max, plan.norm_groups)
+    levels = len(fields)
+    net = UNet(fields.channels + levels, fields.channels, plan.widths, plan.strides, levels, plan.norm_groups)
+    return Denoiser(fields, net, plan.sigma_max)

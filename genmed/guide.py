@@ -17,6 +17,9 @@ from genmed.observe import Observation
 from genmed.samplers import Denoise
 from genmed.space import apply_matrices
 
+Residual = Callable[[Tensor], Tensor]
+Fit = Callable[[Tensor], Residual]  # settles what is unknown at an estimate; residual of z₀ (b, n) with that frozen
+
 
 class Diverged(RuntimeError):
     """A guided trajectory left the range of the data; see `retry`."""
@@ -25,7 +28,7 @@ class Diverged(RuntimeError):
 def guided(
     denoise: Denoise,
     fields: Fields,
-    observations: Sequence[Observation],
+    observations: Sequence[Observation] | Fit,
     *,
     method: Literal["linesearch", "variance"] = "linesearch",
     match: Match = none,
@@ -51,7 +54,8 @@ def guided(
     Args:
         denoise: (z, sigma) -> z0_hat of all fields, differentiable in z.
         fields: what the channels of z are.
-        observations: all are used at once.
+        observations: all are used at once. Or a function that makes the whitened residual itself, of whatever
+            observations are not linear in a field.
         match: misfit and appearance model of the continuous fields; refitted at every call.
         steer: correct all fields (the paper's GenMed-Full), or the observed fields only (GenMed-Base).
         relax: over-relaxation of the line search. 2 recovers the exact posterior of the toy best.
@@ -89,14 +93,16 @@ def guided(
 def misfit(
     z0: Float[Tensor, "b c x y z"],
     fields: Fields,
-    observations: Sequence[Observation],
+    observations: Sequence[Observation] | Fit,
     match: Match = none,
     spread: float = 0.0,
-) -> Callable[[Float[Tensor, "b c x y z"]], Float[Tensor, "b n"]]:
+) -> Residual:
     """The whitened residuals of all observations as one differentiable function of z₀.
 
     Appearances are fitted at `z0` and stay frozen. The summed misfit is ½ |r|², per sample.
     """
+    if callable(observations):
+        return observations(z0)
     categorical = [field.name for field in fields if field.kind == "categorical"]
 
     def expected(z0: Tensor, observation: Observation) -> tuple[Tensor, Tensor | None]:
@@ -124,7 +130,7 @@ def misfit(
 def consistent(
     z0: Float[Tensor, "b c x y z"],
     fields: Fields,
-    observations: Sequence[Observation],
+    observations: Sequence[Observation] | Fit,
     *,
     match: Match = none,
     length: float = 2.0,
@@ -186,9 +192,11 @@ def retry(sample: Callable[[float], Tensor], scales: Sequence[float] = (1.0, 0.5
     return sample(scales[-1])
 
 
-def _steered(fields: Fields, observations: Sequence[Observation], steer: str) -> Float[Tensor, "1 c 1 1 1"]:
+def _steered(fields: Fields, observations: Sequence[Observation] | Fit, steer: str) -> Float[Tensor, "1 c 1 1 1"]:
     """1 for the channels of z that the guide may correct."""
-    names = fields.names if steer == "all" else [observation.field for observation in observations]
+    if steer == "all" or callable(observations):
+        return torch.ones(1, fields.channels, 1, 1, 1)
+    names = [observation.field for observation in observations]
     channels = torch.zeros(1, fields.channels, 1, 1, 1)
     for name in names:
         channels[:, fields.slice(name)] = 1

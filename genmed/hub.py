@@ -1,7 +1,7 @@
 """Model folders: load, save, list, pull and push models without ever executing code from them.
 
-A model folder holds `weights.safetensors` (half precision), `plan.json`, `card.md` and `SHA256SUMS` over the
-three. Bundled models are folders of this package; pulled ones lie in `$GENMED_HOME/models`, by default
+A model folder holds `weights.safetensors` (half precision; or shards of it), `plan.json`, `card.md` and `SHA256SUMS`
+over them. Bundled models are folders of this package; pulled ones lie in `$GENMED_HOME/models`, by default
 `~/.cache/genmed/models`.
 """
 
@@ -26,11 +26,12 @@ from genmed.files import sha256_of, write_bytes
 from genmed.plan import Plan
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from genmed.denoiser import Denoiser
+    from genmed.shape_model import ShapeModel
 
-_FILES = WEIGHTS, PLAN, CARD, SUMS = "weights.safetensors", "plan.json", "card.md", "SHA256SUMS"
+WEIGHTS, PLAN, CARD, SUMS = "weights.safetensors", "plan.json", "card.md", "SHA256SUMS"
 CODE_LICENCE = "Apache-2.0"
 BUNDLED = Path(__file__).parent / "models"
 
@@ -169,7 +170,14 @@ def load(name_or_dir: str | Path) -> Model:
     fit the plan.
     """
     folder = find(name_or_dir)
-    return _model(_read(folder), str(folder), folder)
+    return _model(read_folder(folder), str(folder), folder)
+
+
+def parsed(files: Mapping[str, bytes], where: str, folder: Path | None) -> Model | ShapeModel:
+    """The model in the files of a folder that were verified, of whatever kind."""
+    from genmed.shape_model import parse_shapes
+
+    return parse_shapes(files, where, folder) if is_shapes(files) else _model(files, where, folder)
 
 
 def save_model(
@@ -192,52 +200,77 @@ def save_model(
             tensor = halved if torch.isfinite(halved).all() else tensor
         tensors[name] = tensor
     files = {WEIGHTS: save(tensors), PLAN: plan.to_json().encode(), CARD: card.to_markdown().encode()}
-    return _write(Path(folder), files)
+    return write_folder(Path(folder), files)
 
 
 def replace_card(folder: str | Path, card: Card) -> Path:
     """Give a model folder another card, for instance one with scores, and renew its checksums."""
     folder = Path(folder)
-    return _write(folder, _read(folder) | {CARD: card.to_markdown().encode()})
+    return write_folder(folder, read_folder(folder) | {CARD: card.to_markdown().encode()})
 
 
 def read_card(folder: str | Path) -> Card:
     """The card of a model folder, verified first."""
     folder = Path(folder)
-    return _card(_read(folder), str(folder))
+    return _card(read_folder(folder), str(folder))
 
 
-def _write(folder: Path, files: Mapping[str, bytes]) -> Path:
-    """Write the three files and, last, their checksums."""
-    names = (WEIGHTS, PLAN, CARD)
-    sums = "".join(f"{hashlib.sha256(files[name]).hexdigest()}  {name}\n" for name in names)
-    for name in names:
+def write_folder(folder: Path, files: Mapping[str, bytes]) -> Path:
+    """Write weights, plan and card and, last, their checksums."""
+    sums = "".join(f"{hashlib.sha256(files[name]).hexdigest()}  {name}\n" for name in files)
+    for name in files:
         write_bytes(folder / name, files[name])
     write_bytes(folder / SUMS, sums.encode())
     return folder
 
 
-def _read(folder: Path) -> dict[str, bytes]:
+def shard(number: int, count: int) -> str:
+    """Name of one of several files of weights."""
+    return f"weights-{number + 1:05d}-of-{count:05d}.safetensors" if count > 1 else WEIGHTS
+
+
+def read_folder(folder: Path) -> dict[str, bytes]:
+    """The files of a model folder, verified."""
     return _verified(_files_in(folder), str(folder))
 
 
+def _is_weights(name: str) -> bool:
+    return bool(re.fullmatch(r"weights(-\d{5}-of-\d{5})?\.safetensors", name))
+
+
+def _is_ours(name: str) -> bool:
+    return name in (PLAN, CARD, SUMS) or _is_weights(name)
+
+
 def _files_in(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in _FILES if (folder / name).is_file()}
+    if not folder.is_dir():
+        return {}
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if _is_ours(path.name) and path.is_file()}
 
 
 def _verified(files: Mapping[str, bytes], where: str) -> dict[str, bytes]:
-    """The three files, if their SHA-256 is the one stated. `where` names the folder or archive in errors."""
-    absent = [name for name in _FILES if name not in files]
+    """Weights, plan and card, if their SHA-256 is the one stated. `where` names the folder or archive in errors."""
+    lines = files.get(SUMS, b"").decode("utf-8", "replace").splitlines()
+    stated = {name.strip().lstrip("*"): digest for digest, _, name in (line.partition(" ") for line in lines)}
+    names = (*(sorted(filter(_is_weights, stated)) or [WEIGHTS]), PLAN, CARD)
+    absent = [name for name in (*names, SUMS) if name not in files]
     if absent:
         raise GenMedError(f"{where}: lacks {', '.join(absent)}; give a complete model folder.")
-    lines = files[SUMS].decode("utf-8", "replace").splitlines()
-    stated = {name.strip().lstrip("*"): digest for digest, _, name in (line.partition(" ") for line in lines)}
-    for name in (WEIGHTS, PLAN, CARD):
+    for name in names:
         if stated.get(name) != hashlib.sha256(files[name]).hexdigest():
             raise GenMedError(
                 f"{where}/{name}: corrupt or altered (not what {SUMS} says); get the model again."
             )
-    return {name: files[name] for name in (WEIGHTS, PLAN, CARD)}
+    return {name: files[name] for name in names}
+
+
+def is_shapes(files: Mapping[str, bytes]) -> bool:
+    """Whether the plan is one of `genmed.shape_model`."""
+    try:
+        plan = json.loads(files[PLAN])
+    except ValueError:
+        return False
+    return isinstance(plan, dict) and plan.get("kind") == "shapes"
 
 
 def _card(files: Mapping[str, bytes], where: str) -> Card:
@@ -260,6 +293,8 @@ def _plan(files: Mapping[str, bytes], where: str) -> Plan:
 def _model(files: Mapping[str, bytes], where: str, folder: Path | None) -> Model:
     from genmed.denoiser import build
 
+    if is_shapes(files):
+        raise GenMedError(f"{where}: is a model of shapes; use it with `genmed complete` or `genmed generate`.")
     plan = _plan(files, where)
     try:
         denoiser = build(plan)
@@ -271,16 +306,25 @@ def _model(files: Mapping[str, bytes], where: str, folder: Path | None) -> Model
 
 
 def _fill(denoiser: Denoiser, weights: bytes, where: str) -> None:
-    """Load safetensors bytes into the network. Raises `GenMedError` unless names and shapes agree exactly."""
-    import torch
+    fill(denoiser, parse_weights(weights, where), where)
+
+
+def parse_weights(weights: bytes, where: str) -> dict[str, Tensor]:
+    """The tensors of safetensors bytes. Raises `GenMedError` for anything else."""
     from safetensors import SafetensorError
     from safetensors.torch import load as parse
 
     try:
-        tensors = parse(weights)
+        return parse(weights)
     except (SafetensorError, ValueError, KeyError) as error:
         raise GenMedError(f"{where}: is not a safetensors file ({error}); get the model again.") from error
-    expected = denoiser.state_dict()
+
+
+def fill(network: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Put tensors into a network. Raises `GenMedError` unless names and shapes agree exactly."""
+    import torch
+
+    expected = network.state_dict()
     differ = sorted(set(expected) ^ set(tensors))
     if differ:
         state = "lacks" if differ[0] in expected else "has an unknown"
@@ -293,7 +337,7 @@ def _fill(denoiser: Denoiser, weights: bytes, where: str) -> None:
             )
         if not torch.isfinite(tensor).all():
             raise GenMedError(f"{where}: tensor '{name}' is not finite; get the model again.")
-    denoiser.load_state_dict(tensors)  # into float32 parameters
+    network.load_state_dict(dict(tensors))  # into float32 parameters
 
 
 # List, pull, push -----------------------------------------------------------------------------------------
@@ -324,36 +368,38 @@ def list_models() -> list[Row]:
 
 def _row(name: str, folder: Path, origin: str) -> Row:
     try:
-        files = _read(folder)
-        plan, card = _plan(files, str(folder)), _card(files, str(folder))
+        files = read_folder(folder)
+        card = _card(files, str(folder))
+        shapes = is_shapes(files)
+        names = tuple(json.loads(files[PLAN]).get("categories", ())) if shapes else _plan(files, str(folder)).labels[1:]
     except GenMedError as error:
         return Row(name, origin, (), "", CODE_LICENCE, 0.0, None, str(error))
     size = sum(len(content) for content in files.values()) / 1e6
-    return Row(name, origin, plan.labels[1:], card.licence, CODE_LICENCE, size, card.scores.get("dice"))
+    return Row(name, origin, names, card.licence, CODE_LICENCE, size, card.scores.get("dice"))
 
 
 def info(name_or_dir: str | Path) -> dict[str, Any]:
     """What a model folder says of itself, ready for JSON: folder, size, weights hash, card and plan."""
     folder = find(name_or_dir)
-    files = _read(folder)
+    files = read_folder(folder)
     card = _card(files, str(folder))
     return {
         "folder": str(folder),
         "megabytes": round(sum(len(content) for content in files.values()) / 1e6, 2),
-        "weights_sha256": hashlib.sha256(files[WEIGHTS]).hexdigest(),
+        "weights_sha256": hashlib.sha256(files[min(filter(_is_weights, files))]).hexdigest(),
         "code_licence": CODE_LICENCE,
         "card": asdict(card),
-        "plan": json.loads(_plan(files, str(folder)).to_json()),
+        "plan": json.loads(files[PLAN] if is_shapes(files) else _plan(files, str(folder)).to_json()),
     }
 
 
 def push_dir(model: str | Path, folder: str | Path) -> Path:
     """Copy a model, verified, into `folder/NAME`, for instance on a shared disk, where `pull` finds it."""
     source = find(model)
-    files = _read(source)
-    _model(files, str(source), source)
+    files = read_folder(source)
+    parsed(files, str(source), source)
     name = source.name if source.name in known() else _checked_name(_card(files, str(source)).name)
-    return _write(Path(folder) / name, files)
+    return write_folder(Path(folder) / name, files)
 
 
 def pull(source: str | Path, name: str, sha256: str | None = None) -> Path:
@@ -370,7 +416,7 @@ def pull(source: str | Path, name: str, sha256: str | None = None) -> Path:
         raise GenMedError(f"{name}: is the name of a bundled model; choose another name.")
     files, where = _gather(str(source), name, sha256)
     files = _verified(files, where)
-    _model(files, where, None)
+    parsed(files, where, None)
     _card(files, where)
     return _place(target, files)
 
@@ -385,7 +431,7 @@ def _place(target: Path, files: Mapping[str, bytes]) -> Path:
     """Put a whole model folder in place by renaming; an older one of the same name is replaced."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".pull-") as scratch:
-        _write(Path(scratch) / "new", files)
+        write_folder(Path(scratch) / "new", files)
         if target.exists():
             os.replace(target, Path(scratch) / "old")
         os.replace(Path(scratch) / "new", target)
@@ -440,11 +486,11 @@ def _members(archive: Path) -> Iterator[tuple[str, bytes]]:
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as zipped:
             for path in zipped.namelist():
-                if Path(path).name in _FILES:
+                if _is_ours(Path(path).name):
                     yield path, zipped.read(path)
         return
     with tarfile.open(archive) as tarred:
         for member in tarred:
-            stream = tarred.extractfile(member) if Path(member.name).name in _FILES else None
+            stream = tarred.extractfile(member) if _is_ours(Path(member.name).name) else None
             if stream:
                 yield member.name, stream.read()

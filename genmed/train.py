@@ -127,7 +127,7 @@ def _clocks(clock: Callable[[], float]) -> Spent:
 
 def fit(
     objective: nn.Module,
-    batch_at: Callable[[int, int], Batch],
+    batch_at: Callable[[int, int], Any],
     folder: Path,
     *,
     steps: int,
@@ -147,6 +147,7 @@ def fit(
     The state is saved in `folder` every few minutes and when the run is interrupted.
 
     Args:
+        batch_at: step and process -> named tuple that the objective takes.
         clock: gives the present minute; all minutes here are counted by it (`wall_minutes`, `fair_minutes`).
         keep_best: called with the averaged network, the minutes and the scores at each validation whose "dice"
             is higher than all before, those before a resume included. Validations are 5 minutes apart, in short
@@ -242,8 +243,9 @@ class _Average:
             mean.lerp_(new, 1 - decay)
 
 
-def _to(batch: Batch, device: torch.device) -> Batch:
-    return Batch(batch.image.to(device), batch.label.to(device), batch.inside.to(device), batch.seed)
+def _to(batch: Any, device: torch.device) -> Any:
+    """A named tuple of tensors and other things, its tensors on the device."""
+    return type(batch)(*(value.to(device) if isinstance(value, Tensor) else value for value in batch))
 
 
 def _agreed(minutes: float, accelerator: Accelerator) -> float:

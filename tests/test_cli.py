@@ -19,7 +19,10 @@ from genmed import hub, volume
 from genmed.cli import app
 from genmed.tasks import run
 
-COMMANDS = ("demo", "info", "check", "prepare", "train", "segment", "view", "eval", "bench", "models", "data")
+COMMANDS = (
+    "demo", "info", "check", "prepare", "train", "segment", "complete", "generate", "view", "eval", "bench", "models",
+    "data",
+)  # fmt: skip
 
 
 def genmed(*arguments: object) -> Result:

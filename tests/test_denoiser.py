@@ -1,5 +1,6 @@
 import pytest
 import torch
+from tiny import tiny_denoiser
 from torch import Tensor
 
 from genmed.denoiser import Denoiser
@@ -12,7 +13,7 @@ FIELDS = image_and_label(("T1",), ("background", "front", "back"))
 def trained() -> Denoiser:
     """A denoiser whose weights are all random: as good as trained for every property tested here."""
     torch.manual_seed(0)
-    denoiser = Denoiser(FIELDS, (8, 16), [(2, 2, 2)], sigma_max=40.0)
+    denoiser = tiny_denoiser(FIELDS)
     for weight in denoiser.parameters():
         torch.nn.init.normal_(weight, std=0.1)
     return denoiser.eval().requires_grad_(False)
@@ -24,13 +25,13 @@ def draw(batch: int = 2, size: tuple[int, int, int] = (6, 7, 5)) -> Tensor:
 
 def test_untrained_image_estimate_is_the_wiener_filter_of_unit_variance() -> None:
     z, sigma = draw(), 0.7
-    estimate = Denoiser(FIELDS, (8, 16), [(2, 2, 2)], 40.0)(z, torch.full((2, 2), sigma))
+    estimate = tiny_denoiser(FIELDS)(z, torch.full((2, 2), sigma))
     torch.testing.assert_close(estimate[:, :1], z[:, :1] / (1 + sigma**2))
 
 
 def test_without_a_network_the_label_estimate_is_bayes_rule_with_equal_priors() -> None:
     z, sigma = draw(), 0.7
-    denoiser = Denoiser(FIELDS, (8, 16), [(2, 2, 2)], 40.0)
+    denoiser = tiny_denoiser(FIELDS)
     torch.nn.init.zeros_(denoiser.net.head.weight)
     estimate = denoiser(z, torch.full((2, 2), sigma))
     codes = 2 * torch.eye(3) - 1

@@ -2,9 +2,9 @@ from collections import Counter
 
 import pytest
 import torch
+from tiny import tiny_denoiser
 from torch import Generator
 
-from genmed.denoiser import Denoiser
 from genmed.fields import image_and_label
 from genmed.loss import (
     MIXTURE,
@@ -71,7 +71,7 @@ def test_categorical_loss_vanishes_for_the_truth_only() -> None:
 
 def test_the_loss_is_a_function_of_the_batch_and_its_seed() -> None:
     torch.manual_seed(0)
-    objective = JointLoss(Denoiser(image_and_label(("T1",), ("background", "front")), (8, 16), [(2, 2, 2)], 40.0))
+    objective = JointLoss(tiny_denoiser(image_and_label(("T1",), ("background", "front"))))
     generator = Generator().manual_seed(3)
     image = torch.randn(2, 1, *SIZE, generator=generator)
     label = torch.randint(2, (2, *SIZE), generator=generator)
@@ -83,7 +83,7 @@ def test_the_loss_is_a_function_of_the_batch_and_its_seed() -> None:
 
 def test_what_lies_beyond_the_scan_does_not_count() -> None:
     torch.manual_seed(0)
-    objective = JointLoss(Denoiser(image_and_label(("T1",), ("background", "front")), (8, 16), [(2, 2, 2)], 40.0))
+    objective = JointLoss(tiny_denoiser(image_and_label(("T1",), ("background", "front"))))
     inside = torch.ones(1, 1, *SIZE)
     inside[..., 7:] = 0
     label = torch.zeros(1, *SIZE, dtype=torch.long)

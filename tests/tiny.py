@@ -6,6 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
+from genmed.denoiser import Denoiser
+from genmed.fields import Fields
+from genmed.nets.unet import UNet
 from genmed.plan import Plan
 from genmed.volume import Volume
 
@@ -23,6 +26,12 @@ PLAN = Plan(
     thick_slices=False,
     extent_mm=(40.0, 40.0, 40.0),
 )
+
+
+def tiny_denoiser(fields: Fields) -> Denoiser:
+    levels = len(fields)
+    net = UNet(fields.channels + levels, fields.channels, (8, 16), [(2, 2, 2)], conditions=levels)
+    return Denoiser(fields, net, sigma_max=40.0)
 
 
 def blocks(

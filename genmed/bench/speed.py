@@ -70,7 +70,7 @@ def untrained() -> Denoiser:
     """Frozen as a loaded model is; a random head, since a zero one would make the gradients zero."""
     torch.manual_seed(0)
     denoiser = build(PLAN).eval().requires_grad_(False)
-    torch.nn.init.normal_(denoiser.net.head.weight, std=0.1)
+    torch.nn.init.normal_(denoiser.net.head.weight, std=0.1)  # type: ignore
     return denoiser
 
 

@@ -153,6 +153,8 @@ def segment(
         GenMedError: for input that the model cannot take.
     """
     started = time.monotonic()
+    if not isinstance(model, Model):
+        raise GenMedError("the model is one of shapes, not of images; use `genmed.complete`.")
     _check_options(mode, match, samples, grid)
     view = View.of(model.plan, scan, observed, slice_thickness_mm, roi_mm)
     attempts = attempts_at(view, mode, match)

@@ -1,0 +1,208 @@
+"""`Cue`: what was seen of a structure, as points in world mm with bounds of the signed distance there.
+
+A label map that was seen in part says, without a model: inside, the surface is no further than the closest voxel that
+was seen outside, and no nearer than the closest voxel that is outside or was not seen. Emptiness counts the same way.
+Nothing of what was not seen is looked at, its extent and its middle neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from genmed.errors import GenMedError
+from genmed.mesh import Mesh, winding
+from genmed.volume import Volume
+
+POINTS = 6000
+ROOM = 0.75          # of the longest extent seen: how far around it emptiness is looked at
+AXES = {"coronal": 1, "sagittal": 0, "axial": 2}  # world axis that a plane is perpendicular to
+MESH_VOXELS = 80     # across a section of a mesh
+
+
+@dataclass(frozen=True, eq=False)
+class Cue:
+    """Bounds lower ≤ d ≤ upper of the signed distance in mm, negative inside, at world points.
+
+    `box_mm` (low, high) holds what was seen inside. `voxel_mm` is how fine the cue is. `doubtful`: some of it may be
+    wrong (matter that does not belong, noise), so that no single point is trusted.
+    """
+
+    points_mm: Float[np.ndarray, "n 3"]
+    lower_mm: Float[np.ndarray, " n"]
+    upper_mm: Float[np.ndarray, " n"]
+    box_mm: Float[np.ndarray, "2 3"]
+    voxel_mm: float
+    doubtful: bool = False
+
+
+# Label maps -----------------------------------------------------------------------------------------------
+
+
+def planes_of(volume: Volume, planes: Mapping[str, Sequence[int]]) -> Bool[np.ndarray, "x y z"]:
+    """Voxels of whole planes: axial, coronal and sagittal indices along the array axes nearest S, A and R.
+
+    Raises `GenMedError` for planes outside the array.
+    """
+    from nibabel.orientations import io_orientation
+
+    world = io_orientation(volume.affine)[:, 0].astype(int).tolist()  # of every array axis
+    seen = np.zeros(volume.grid.shape, bool)
+    for name, indices in planes.items():
+        axis = world.index(AXES[name])
+        for index in indices:
+            if not 0 <= index < seen.shape[axis]:
+                raise GenMedError(
+                    f"{volume.name}: {name}={index} is outside; its planes are 0 to {seen.shape[axis] - 1}."
+                )
+            seen[(slice(None),) * axis + (index,)] = True
+    return seen
+
+
+def cue_of_labels(
+    inside: Bool[np.ndarray, "x y z"],
+    affine: Float[np.ndarray, "4 4"],
+    seen: Bool[np.ndarray, "x y z"] | None = None,
+    *,
+    doubtful: bool = False,
+    points: int = POINTS,
+    seed: int = 0,
+) -> Cue:
+    """The cue of a binary map, of which only `seen` voxels are looked at (None: all).
+
+    Raises `GenMedError` where nothing seen is inside.
+    """
+    seen = np.ones(inside.shape, bool) if seen is None else seen
+    inside = inside & seen
+    if not inside.any():
+        raise GenMedError("the cue is empty: nothing inside the structure was seen; show a plane or region through it.")
+    index = np.argwhere(inside)
+    corner = affine[:3, :3] @ np.eye(3)
+    half_mm = np.abs(corner).sum(axis=1) / 2
+    world = index @ affine[:3, :3].T + affine[:3, 3]
+    box_mm = np.stack([world.min(axis=0) - half_mm, world.max(axis=0) + half_mm])
+    box = _region(index, np.linalg.norm(corner, axis=0), inside.shape)
+    near, signs, low, high = _bounds(inside[box], seen[box], np.linalg.norm(corner, axis=0))
+    chosen = _chosen(high, points, np.random.default_rng(seed))
+    places = (near[chosen] + [side.start for side in box]) @ affine[:3, :3].T + affine[:3, 3]
+    low, high, signs = low[chosen], high[chosen], signs[chosen]
+    lower, upper = np.where(signs < 0, -high, low), np.where(signs < 0, -low, high)
+    voxel_mm = float(np.linalg.norm(corner, axis=0).min())
+    return Cue(places, lower, upper, box_mm, voxel_mm, doubtful)
+
+
+def _region(index: np.ndarray, spacing_mm: np.ndarray, shape: tuple[int, ...]) -> tuple[slice, slice, slice]:
+    """The voxels around what was seen inside, as far as emptiness matters."""
+    first, last = index.min(axis=0), index.max(axis=0) + 1
+    room = np.ceil(ROOM * ((last - first) * spacing_mm).max() / spacing_mm).astype(int)
+    x, y, z = (slice(max(0, int(a - r)), int(min(n, b + r)))
+               for a, b, r, n in zip(first, last, room, shape, strict=True))  # fmt: skip
+    return x, y, z
+
+
+def _bounds(
+    inside: np.ndarray, seen: np.ndarray, spacing_mm: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Indices of seen voxels, the side they are on, and between what |d| must lie in mm."""
+    from scipy.ndimage import distance_transform_edt
+
+    def distance(mask: np.ndarray) -> np.ndarray:
+        """From every voxel to the closest one of the mask."""
+        if not mask.any():
+            return np.full(mask.shape, 1e6)
+        return np.asarray(distance_transform_edt(~mask, sampling=spacing_mm))
+
+    half = spacing_mm.min() / 2
+    to_inside, to_outside = distance(inside), distance(seen & ~inside)
+    opposite = np.where(inside, to_outside, to_inside)[seen] - half
+    unseen = distance(~seen)[seen] - half
+    low = np.clip(np.minimum(opposite, unseen) - half, 0, None)
+    return np.argwhere(seen), np.where(inside, -1, 1)[seen], low, np.maximum(opposite, low)
+
+
+def _chosen(high: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Numbers of at most `count` points, denser where the surface is near."""
+    if len(high) <= count:
+        return np.arange(len(high))
+    scale = np.quantile(high, 0.1) + 1e-6
+    weights = 1 / (1 + (high / scale) ** 2)
+    return np.sort(rng.choice(len(high), count, replace=False, p=weights / weights.sum()))
+
+
+# Meshes and points ----------------------------------------------------------------------------------------
+
+
+def cue_of_mesh(
+    mesh: Mesh, planes_mm: Mapping[str, Sequence[float]], *, doubtful: bool = False, seed: int = 0
+) -> Cue:
+    """The cue of a surface that was cut by planes at world positions in mm.
+
+    Raises `GenMedError` where no plane meets it.
+    """
+    import trimesh
+
+    cut = trimesh.Trimesh(mesh.vertices, mesh.faces, process=False)
+    sections = []
+    for name, positions in planes_mm.items():
+        for position in positions:
+            axis = AXES[name]
+            normal = np.eye(3)[axis]
+            section = cut.section(plane_normal=normal, plane_origin=normal * position)
+            if section is not None:
+                sections.append((axis, position, np.asarray(section.bounds)))
+    if not sections:
+        raise GenMedError("the cue is empty: no plane meets the surface; give positions in mm between its ends.")
+    extent = max(float(np.ptp(bounds, axis=0).max()) for _, _, bounds in sections)
+    step = extent / MESH_VOXELS
+    points = np.concatenate([_plane(axis, at, bounds, extent * ROOM, step) for axis, at, bounds in sections])
+    inside = np.asarray(winding(mesh, points) > 0.5)
+    return cue_of_points(points, inside, step, doubtful=doubtful, seed=seed)
+
+
+def _plane(axis: int, at: float, bounds: np.ndarray, room: float, step: float) -> np.ndarray:
+    axes = [np.array([at]) if a == axis else np.arange(bounds[0, a] - room, bounds[1, a] + room, step)
+            for a in range(3)]  # fmt: skip
+    return np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
+
+
+def cue_of_points(
+    points_mm: Float[np.ndarray, "n 3"],
+    inside: Bool[np.ndarray, " n"],
+    step_mm: float,
+    *,
+    doubtful: bool = False,
+    count: int = POINTS,
+    seed: int = 0,
+) -> Cue:
+    """The cue of points that are known to be inside or outside, `step_mm` apart where they are dense."""
+    from scipy.spatial import cKDTree
+
+    if not inside.any():
+        raise GenMedError("the cue is empty: nothing inside the structure was seen; show a plane or region through it.")
+    high = np.full(len(points_mm), 1e6)
+    if not inside.all():
+        high[inside] = cKDTree(points_mm[~inside]).query(points_mm[inside])[0]
+        high[~inside] = cKDTree(points_mm[inside]).query(points_mm[~inside])[0]
+    high = np.maximum(high - step_mm / 2, 0)
+    chosen = _chosen(high, count, np.random.default_rng(seed))
+    box_mm = np.stack([points_mm[inside].min(axis=0) - step_mm / 2, points_mm[inside].max(axis=0) + step_mm / 2])
+    high, signs = high[chosen], np.where(inside[chosen], -1.0, 1.0)
+    lower, upper = np.where(signs < 0, -high, 0.0), np.where(signs < 0, 0.0, high)
+    return Cue(points_mm[chosen], lower, upper, box_mm, step_mm, doubtful)
+
+
+def cue_of_surface_points(points_mm: Float[np.ndarray, "n 3"], sigma_mm: float) -> Cue:
+    """The cue of noisy points on the surface, of this standard deviation: d = 0, and no point is trusted.
+
+    Noise widens the box of the points, by about its deviation on either side.
+    """
+    if not len(points_mm) or not np.isfinite(points_mm).all():
+        raise GenMedError("the cue is empty: there are no finite points; give points on the surface.")
+    zero = np.zeros(len(points_mm))
+    middle = (points_mm.min(axis=0) + points_mm.max(axis=0)) / 2
+    half = np.maximum(np.ptp(points_mm, axis=0) / 2 - sigma_mm, sigma_mm)
+    box_mm = np.stack([middle - half, middle + half])
+    return Cue(np.asarray(points_mm, float), zero, zero, box_mm, max(sigma_mm, 1e-3), doubtful=True)

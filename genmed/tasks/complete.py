@@ -1,0 +1,227 @@
+"""Complete a structure from what was seen of it: `complete(model, cue) -> Completion`; and `generate` from words."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from genmed.cue import Cue
+from genmed.errors import GenMedError
+from genmed.fields import Field, Fields
+from genmed.guide import consistent, guided, retry
+from genmed.mesh import Mesh, surface
+from genmed.pose import Posed, first_poses
+from genmed.samplers import euler, heun, noise, schedule, seeded
+from genmed.shape import TRUNCATION, Shape, encode
+from genmed.shape_model import ShapeModel
+from genmed.tasks.segment import Interval
+from genmed.volume import Grid
+
+STEPS = 16      # noise levels of a trajectory
+TRIED = 6       # trajectories from different poses for each sample; those that miss the cue least are kept
+START_SIGMA = 10.0
+POSED_BELOW = 1.0  # noise level from which poses are fitted: louder estimates are blurred, and seem too small
+RELAX = 1.0     # of the guide's line search
+LENGTH = 4.0    # voxels: how far what a sample missed of the cue is believed to reach
+AMPLITUDE = 1.0
+GP_SIGMA = 0.1  # voxels
+GP_ITERATIONS = 12
+
+Progress = Callable[[float], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Completion:
+    """What `complete` found: `shapes` of all kept samples, best first, in world mm.
+
+    `residual` is the root mean square of what the best sample misses of the cue, in mm. `volume_ml` is an interval
+    over samples if there are at least two.
+    """
+
+    shapes: tuple[Shape, ...]
+    residual: float
+    volume_ml: Interval | None
+    seconds: float
+    seed: int
+
+    def probability(self, grid: Grid) -> Float[np.ndarray, "x y z"]:
+        """Share of every voxel of a grid that is inside, averaged over samples."""
+        return np.mean([np.clip(0.5 - _on(shape, grid) / shape.voxel_mm, 0, 1) for shape in self.shapes], axis=0)
+
+    def distance_mm(self, grid: Grid) -> Float[np.ndarray, "x y z"]:
+        """Mean truncated signed distance on a grid."""
+        return np.mean([_on(shape, grid) for shape in self.shapes], axis=0)
+
+    def mesh(self) -> Mesh:
+        """The surface of the mean distance, in world mm."""
+        first = self.shapes[0].grid
+        low, high = (np.stack([f(s.grid.corners_mm(), axis=0) for s in self.shapes]) for f in (np.min, np.max))
+        step = self.shapes[0].voxel_mm
+        shape = np.ceil((high.max(axis=0) - low.min(axis=0)) / step).astype(int)
+        affine = first.affine.copy()
+        affine[:3, 3] = low.min(axis=0) + step / 2
+        x, y, z = (int(n) for n in shape)
+        return surface(self.distance_mm(Grid((x, y, z), affine)), affine)
+
+
+def complete(
+    model: ShapeModel,
+    cue: Cue,
+    *,
+    text: Float[Tensor, " d"] | None = None,
+    samples: int = 4,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Completion:
+    """Draw shapes that agree with a cue; box, scale and pose come from the cue alone.
+
+    Args:
+        text: sentence embedding of a caption (`genmed.text.embed`), or None.
+        samples: how many are returned; several poses are tried for each, and those kept that miss the cue least.
+        progress: called with the finished share.
+
+    Raises:
+        GenMedError: for fewer samples than 1.
+    """
+    started = time.monotonic()
+    if samples < 1:
+        raise GenMedError(f"samples {samples}: must be 1 or more.")
+    z0, posed = draw(model, cue, text, TRIED * samples, seed, progress)
+    order = energy(z0, posed).argsort()[:samples]
+    codes = z0[order][:, model.fields.slice("shape")].flatten(1)
+    volume = model.autoencoder.decode(codes, model.plan.size)
+    posed.pose = posed.pose[order]
+    volume = honoured(volume, posed)
+    shapes = tuple(_shape(v, p) for v, p in zip(volume[:, 0].numpy(), posed.pose.numpy(), strict=True))
+    if progress:
+        progress(1.0)
+    missed = float((posed.misses(volume[:1], posed.pose[:1]) ** 2).mean().sqrt() * posed.pose[0, 3].exp())
+    return Completion(shapes, missed, _interval(shapes), time.monotonic() - started, seed)
+
+
+def draw(
+    model: ShapeModel, cue: Cue, text: Tensor | None, count: int, seed: int, progress: Progress | None = None
+) -> tuple[Float[Tensor, "b c 1 1 1"], Posed]:
+    """Guided trajectories: the fields of every one and the poses they ended at."""
+    fields, plan = model.fields, model.plan
+    poses = first_poses(cue, plan.size, count, seed)
+    words = None if text is None else model.text_of(text[None]).view(1, -1, 1, 1, 1)
+
+    last: list[Posed] = []
+
+    def trajectory(scale: float) -> Tensor:
+        posed = Posed(model, cue, poses)
+        last[:] = [posed]
+
+        def denoise(z: Tensor, sigma: float) -> Tensor:
+            posed.fixed = sigma > POSED_BELOW
+            levels = torch.full((len(z), len(fields)), sigma)
+            levels[:, fields.index("size")] = torch.where(posed.knows_size > 0, sigma, plan.sigma_max)
+            levels[:, fields.index("text")] = plan.sigma_max if words is None else 0.0
+            parts = fields.split(z)
+            if words is not None:
+                parts["text"] = words.expand(len(z), -1, -1, -1, -1)
+            return model.denoiser(fields.join(parts), levels)
+
+        generators = seeded([seed * 1_000_003 + i for i in range(count)])
+        sigmas = schedule(START_SIGMA, plan.sigma_min, STEPS)
+        z = START_SIGMA * noise(torch.zeros(count, fields.channels, 1, 1, 1), generators)
+        steered = guided(denoise, fields, posed, relax=RELAX, scale=scale)
+
+        def report(step: int, sigma: float, z: Tensor, z0_hat: Tensor) -> None:
+            if progress:
+                progress((step + 1) / (STEPS + 2))
+
+        return euler(steered, z, sigmas, callback=report)
+
+    z0 = retry(trajectory)
+    last[0](z0)  # once more: the pose of the final estimate
+    return z0, last[0]
+
+
+@torch.no_grad()
+def generate(
+    model: ShapeModel, count: int, *, text: Float[Tensor, " e"] | None = None, seed: int = 0
+) -> tuple[Shape, ...]:
+    """Draw complete shapes around the world's origin, of a caption's sentence embedding or of whatever is known.
+
+    Raises `GenMedError` for fewer shapes than 1.
+    """
+    if count < 1:
+        raise GenMedError(f"count {count}: must be 1 or more.")
+    fields, plan = model.fields, model.plan
+    words = torch.zeros(1, plan.text_channels) if text is None else model.text_of(text[None])
+    level = torch.tensor([0.0, 0.0, plan.sigma_max if text is None else 0.0])
+
+    def denoise(z: Tensor, sigma: float) -> Tensor:
+        parts = fields.split(z) | {"text": words[..., None, None, None].expand(len(z), -1, -1, -1, -1)}
+        levels = (level + torch.tensor([sigma, sigma, 0.0])).expand(len(z), -1)
+        return model.denoiser(fields.join(parts), levels)
+
+    generators = seeded([seed * 1_000_003 + i for i in range(count)])
+    z = plan.sigma_max * noise(torch.zeros(count, fields.channels, 1, 1, 1), generators)
+    drawn = fields.split(heun(denoise, z, schedule(plan.sigma_max, plan.sigma_min, STEPS)))
+    volume = model.autoencoder.decode(drawn["shape"].flatten(1), plan.size)
+    log_mm = model.log_voxel_mm(drawn["size"].flatten(1))
+    poses = torch.cat([torch.zeros(count, 3), log_mm], dim=1)
+    return tuple(_shape(v, p) for v, p in zip(volume[:, 0].numpy(), poses.numpy(), strict=True))
+
+
+def energy(z0: Float[Tensor, "b c 1 1 1"], posed: Posed) -> Float[Tensor, " b"]:
+    """By how much a trajectory misses the cue, and how far its shape and size are from the middle of all shapes.
+
+    Minus twice the logarithm of the posterior if codes were Gaussian. Where the cue leaves much open, all trajectories
+    meet it, and the second part decides.
+    """
+    fields = posed.model.fields
+    prior = sum((z0[:, fields.slice(name)].flatten(1) ** 2).sum(1) for name in ("shape", "size"))
+    return posed.cost(z0) + prior
+
+
+def honoured(volume: Float[Tensor, "b 1 n n n"], posed: Posed) -> Float[Tensor, "b 1 n n n"]:
+    """Distances with what is still missed of the cue added as a Gaussian process (`genmed.guide.consistent`).
+
+    A doubtful cue is taken as exact to its own fineness only.
+    """
+    sdf = Fields(Field("sdf", "continuous", ("sdf",)))
+    own = (posed.cue.voxel_mm / posed.pose[:, 3:].exp()).clamp(min=1.0)
+    sigma = own if posed.cue.doubtful else torch.full_like(own, GP_SIGMA)
+
+    def fit(at: Tensor) -> Callable[[Tensor], Tensor]:
+        residual = posed.of_volume(at)
+        return lambda volume: residual(volume) / sigma
+
+    for _ in range(2):  # bounds that were kept before may be left by the first correction
+        volume = consistent(volume, sdf, fit, length=LENGTH, amplitude=AMPLITUDE, iterations=GP_ITERATIONS)
+    return volume
+
+
+def _shape(volume: Float[np.ndarray, "n n n"], pose: Float[np.ndarray, 4]) -> Shape:
+    voxel_mm = float(np.exp(pose[3]))
+    x, y, z = (float(v) for v in pose[:3] - voxel_mm * (len(volume) - 1) / 2)
+    return Shape(encode(volume), voxel_mm, (x, y, z))
+
+
+def _on(shape: Shape, grid: Grid) -> Float[np.ndarray, "x y z"]:
+    """Distances in mm on another grid; beyond the cube, far outside."""
+    from scipy.ndimage import affine_transform
+
+    to_cube = np.linalg.inv(shape.grid.affine) @ grid.affine
+    found = affine_transform(
+        shape.distance, to_cube[:3, :3], to_cube[:3, 3], grid.shape, order=1, mode="constant", cval=TRUNCATION
+    )
+    return np.asarray(found * shape.voxel_mm)
+
+
+def _interval(shapes: Sequence[Shape]) -> Interval | None:
+    if len(shapes) < 2:
+        return None
+    volumes = [float((shape.sdf < 0).sum() * shape.voxel_mm**3 / 1000) for shape in shapes]
+    low, high = np.quantile(volumes, [0.025, 0.975])
+    return Interval(float(np.mean(volumes)), float(low), float(high))

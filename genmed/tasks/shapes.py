@@ -1,0 +1,198 @@
+"""`complete_file` and `generate_files`: shapes from files to files, in the words of the command line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool
+
+from genmed.cue import Cue, cue_of_labels, cue_of_mesh, planes_of
+from genmed.errors import GenMedError
+from genmed.files import sha256_of, write_json
+from genmed.mesh import MESH_SUFFIXES, read_mesh, repair, save_mesh, signed_distance
+from genmed.shape import cube
+from genmed.shape_model import ShapeModel
+from genmed.tasks.complete import Completion, Progress, complete, generate
+from genmed.volume import Volume, read_labels, require_same_grid
+
+NIFTI = (".nii.gz", ".nii")
+OUT_SUFFIXES = (*NIFTI, ".stl", ".ply", ".glb")
+MOST = 1000  # shapes that one command generates
+
+
+def complete_file(
+    model: ShapeModel,
+    part: str | Path,
+    out: str | Path,
+    *,
+    planes: str | None = None,
+    observed: str | Path | None = None,
+    text: str | None = None,
+    samples: int = 4,
+    seed: int = 0,
+    command: str = "",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Complete a binary label map or a surface, and write a label map or a surface with a manifest beside it.
+
+    With planes or a mask, everything else of PART is unseen, and seen voxels come back as they were. Without both, all
+    of PART is seen and none of it is trusted to the voxel. Returns what the manifest says. Raises `GenMedError`.
+    """
+    part, out = Path(part).expanduser(), Path(out).expanduser()
+    suffix = next((s for s in OUT_SUFFIXES if out.name.lower().endswith(s)), None)
+    if suffix is None:
+        raise GenMedError(f"--out {out}: cannot write this; name it {', '.join(OUT_SUFFIXES)}.")
+    if samples < 1 or seed < 0:
+        raise GenMedError(f"--samples {samples} --seed {seed}: samples must be 1 or more, the seed 0 or more.")
+    warning, embedding = words(model, text)
+    wanted = parse_planes(planes)
+    label, seen = None, None
+    if part.suffix.lower() in MESH_SUFFIXES:
+        cue = _mesh_cue(part, wanted, observed, seed)
+    else:
+        label, seen, cue = _label_cue(part, wanted, observed, seed)
+    try:
+        found = complete(model, cue, text=embedding, samples=samples, seed=seed, progress=progress)
+    except GenMedError as error:
+        raise GenMedError(f"{part}: {error}") from error
+    facts = {
+        "command": command,
+        "genmed": version("genmed"),
+        "part": str(part),
+        "part_sha256": sha256_of(part) if part.is_file() else "",
+        "model": model.plan.name,
+        "weights_sha256": model.sha256,
+        "planes": {name: list(values) for name, values in wanted.items()},
+        "text": text if embedding is not None else None,
+        "warning": warning,
+        "samples": samples,
+        "seed": seed,
+        "residual_mm": round(found.residual, 4),
+        "volume_ml": None if found.volume_ml is None else found.volume_ml._asdict(),
+        "seconds": round(found.seconds, 2),
+        "out": str(out),
+    }
+    _write(found, label, seen, cue, out, suffix)
+    write_json(out.with_name(out.name[: -len(suffix)] + ".manifest.json"), facts)
+    return facts
+
+
+def generate_files(
+    model: ShapeModel, out: str | Path, count: int, *, text: str | None = None, seed: int = 0, command: str = ""
+) -> dict[str, Any]:
+    """Draw shapes and write them as STL around the origin, with generated.json; returns what that says."""
+    out = Path(out).expanduser()
+    if out.exists() and not out.is_dir():
+        raise GenMedError(f"--out {out}: is a file; give a folder.")
+    if not 1 <= count <= MOST or seed < 0:
+        raise GenMedError(f"-n {count} --seed {seed}: give 1 to {MOST} shapes and a seed of 0 or more.")
+    warning, embedding = words(model, text)
+    rows: list[dict[str, Any]] = []
+    for number, shape in enumerate(generate(model, count, text=embedding, seed=seed)):
+        try:
+            mesh = shape.to_mesh()
+        except GenMedError:
+            rows.append({"file": None, "volume_ml": 0.0, "extent_mm": 0.0})  # a rare draw that encloses nothing
+            continue
+        path = save_mesh(mesh, out / f"shape-{number:04d}.stl")
+        rows.append(
+            {"file": path.name, "volume_ml": round(mesh.volume_ml, 3), "extent_mm": round(mesh.extent_mm, 2)}
+        )
+    facts = {
+        "command": command,
+        "genmed": version("genmed"),
+        "model": model.plan.name,
+        "weights_sha256": model.sha256,
+        "text": text if embedding is not None else None,
+        "warning": warning,
+        "seed": seed,
+        "shapes": rows,
+    }
+    write_json(out / "generated.json", facts)
+    return facts
+
+
+def words(model: ShapeModel, text: str | None) -> tuple[str, Any]:
+    """A warning, or nothing, and the sentence embedding of a text that names one known structure, or None."""
+    from genmed.text import embed, understand
+
+    if text is None:
+        return "", None
+    named = understand(text, model.plan.categories)
+    if named is None:
+        known = ", ".join(model.plan.categories)
+        return f'"{text}" names no structure that this model knows ({known}); going on without text', None
+    return "", embed([text])[0]
+
+
+def parse_planes(text: str | None) -> dict[str, list[float]]:
+    """`axial=30,axial=40,coronal=52` as numbers by orientation. Raises `GenMedError` for anything else."""
+    found: dict[str, list[float]] = {}
+    for entry in [] if text is None else text.split(","):
+        match = re.fullmatch(r"\s*(axial|coronal|sagittal)\s*=\s*(-?\d+(?:\.\d+)?)\s*", entry)
+        if match is None:
+            raise GenMedError(f"--planes {text!r}: {entry!r} is no plane; write axial=40,coronal=52,sagittal=48.")
+        found.setdefault(match[1], []).append(float(match[2]))
+    return found
+
+
+def _mesh_cue(part: Path, planes: Mapping[str, Sequence[float]], observed: str | Path | None, seed: int) -> Cue:
+    if observed is not None:
+        raise GenMedError(f"{part}: --observed is a mask of a label map; cut a surface with --planes in mm.")
+    mesh = read_mesh(part)
+    try:
+        mesh, _ = repair(mesh)
+        if planes:
+            return cue_of_mesh(mesh, planes, seed=seed)
+        grid = cube(mesh, 64)
+        return cue_of_labels(signed_distance(mesh, grid) < 0, grid.affine, doubtful=True, seed=seed)
+    except GenMedError as error:
+        raise GenMedError(f"{part}: {error}") from error
+
+
+def _label_cue(
+    part: Path, planes: Mapping[str, Sequence[float]], observed: str | Path | None, seed: int
+) -> tuple[Volume, Bool[np.ndarray, "x y z"] | None, Cue]:
+    label = read_labels(part)
+    seen: Bool[np.ndarray, "x y z"] | None = None
+    if planes:
+        if any(value != int(value) for values in planes.values() for value in values):
+            raise GenMedError(f"{part}: planes of a label map are whole numbers, the indices of its slices.")
+        seen = planes_of(label, {name: [int(v) for v in values] for name, values in planes.items()})
+    if observed is not None:
+        mask = read_labels(observed)
+        require_same_grid(label, mask)
+        seen = (mask.data[0] != 0) if seen is None else seen | (mask.data[0] != 0)
+    values = np.unique(label.data[0] if seen is None else label.data[0][seen])
+    if len(values[values != 0]) > 1:
+        raise GenMedError(f"{part}: holds several labels ({values[values != 0].tolist()[:5]}); give one structure.")
+    try:
+        return label, seen, cue_of_labels(label.data[0] != 0, label.affine, seen, doubtful=seen is None, seed=seed)
+    except GenMedError as error:
+        raise GenMedError(f"{part}: {error}") from error
+
+
+def _write(
+    found: Completion,
+    label: Volume | None,
+    seen: Bool[np.ndarray, "x y z"] | None,
+    cue: Cue,
+    out: Path,
+    suffix: str,
+) -> None:
+    if suffix not in NIFTI:
+        save_mesh(found.mesh(), out)
+        return
+    if label is None:
+        grid = found.shapes[0].grid
+        Volume((found.probability(grid) > 0.5).astype(np.uint8)[None], grid.affine).save(out)
+        return
+    whole = found.probability(label.grid) > 0.5
+    if seen is not None and not cue.doubtful:
+        whole = np.where(seen, label.data[0] != 0, whole)
+    label.like(whole.astype(np.uint8)).save(out)

@@ -1,0 +1,325 @@
+"""Training of the shape model: the autoencoder, a bank of codes with deformed copies, and the joint's loss.
+
+A step is a function of its number, as in `genmed.train`, whose loop this uses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Generator, Tensor, nn
+
+from genmed.data.augment import bending, rotation, uniform
+from genmed.data.shapes import ShapeDataset, read_shapes
+from genmed.denoiser import Denoiser
+from genmed.errors import GenMedError
+from genmed.hub import Card
+from genmed.loss import LOG_SIGMA
+from genmed.nets.autoencoder import LinearAutoencoder, lower, principal_components
+from genmed.shape import decode
+from genmed.shape_model import ShapeModel, ShapePlan, build_shapes_model, save_shapes
+from genmed.train import fit, wall_minutes
+
+MIXTURE = {"equal": 0.25, "independent": 0.15, "text": 0.3, "no text": 0.2, "retrieval": 0.1}
+VERSIONS = 12       # codes of every shape: itself and deformed copies
+COPIES = 2          # of them that the autoencoder is fitted to
+MIXED = 0.2         # probability that two shapes of a category are mixed
+BEND = 0.6          # of the largest deformation that does not fold
+TURN = 0.15         # radians, about every axis
+STEPS = 20_000
+SIDE, MODES, TEXT_CHANNELS, WIDTH, BLOCKS = 32, 192, 64, 512, 6
+
+
+class ShapeBatch(NamedTuple):
+    """What one training step sees. A size of NaN is not known; `seed` decides every random number."""
+
+    codes: Float[Tensor, "b k"]
+    size: Float[Tensor, " b"]
+    text: Float[Tensor, "b d"]
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Bank:
+    """Training shapes as numbers: codes of every version, sizes, captions, and how often each shape is drawn."""
+
+    codes: Float[Tensor, "n v k"]
+    size: Float[Tensor, " n"]
+    text: Float[Tensor, "t d"]
+    captions: tuple[tuple[int, ...], ...]  # rows of `text` by shape
+    group: tuple[tuple[int, ...], ...]     # shapes of the same category and side, by shape
+    weights: Float[Tensor, " n"]
+
+
+# Data -----------------------------------------------------------------------------------------------------
+
+
+def category_weights(categories: Sequence[str]) -> Float[Tensor, " n"]:
+    """1 / √(shapes of the category): large data sets do not drown small ones. They sum to 1."""
+    counts = Counter(categories)
+    weights = torch.tensor([counts[category] ** -0.5 for category in categories])
+    return weights / weights.sum()
+
+
+def lowered(data: ShapeDataset, numbers: Sequence[int], side: int) -> Float[Tensor, "n 1 m m m"]:
+    """Distances of shapes, averaged to `side` voxels a side."""
+    return torch.cat([lower(torch.from_numpy(decode(np.array(data.stored(i))))[None, None], side) for i in numbers])
+
+
+def deformed(x: Float[Tensor, "1 n n n"], generator: Generator) -> Float[Tensor, "1 n n n"]:
+    """A smoothly bent and slightly turned copy of a shape's distances."""
+    n = x.shape[-1]
+    axis = torch.arange(n) - (n - 1) / 2
+    place = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), dim=-1)
+    turn = rotation({a: uniform(-TURN, TURN, generator) for a in range(3)})
+    shift = BEND * bending((n, n, n), False, generator)
+    grid = ((place + shift) @ turn.T * 2 / n).flip(-1)
+    return F.grid_sample(x[None], grid[None], padding_mode="border", align_corners=False)[0]
+
+
+def versions(x: Float[Tensor, "n 1 m m m"], number: int, seed: int) -> Float[Tensor, "n 1 m m m"]:
+    """The shapes themselves (number 0) or their deformed copies of this number."""
+    if number == 0:
+        return x
+    generators = (Generator().manual_seed((seed * 1009 + number) * 1_000_003 + i) for i in range(len(x)))
+    return torch.stack([deformed(shape, generator) for shape, generator in zip(x, generators, strict=True)])
+
+
+def fit_autoencoder(x: Float[Tensor, "n 1 m m m"], weights: Tensor, modes: int, seed: int) -> LinearAutoencoder:
+    """Principal components of the shapes and some deformed copies, which count for half."""
+    rows = torch.cat([versions(x, number, seed).flatten(1) for number in range(COPIES + 1)])
+    halves = torch.cat([weights, *[weights / (2 * COPIES)] * COPIES])
+    return principal_components(rows, halves, modes, seed)
+
+
+def whitening(embeddings: Float[Tensor, "t e"], weights: Tensor, channels: int) -> nn.Linear:
+    """Projection to principal components of unit variance, those that hardly vary left as zero."""
+    weights = weights / weights.sum()
+    mean = weights @ embeddings
+    centred = (embeddings - mean).double()
+    values, axes = torch.linalg.eigh(centred.T @ (weights.double()[:, None] * centred))
+    values, axes = values.flip(0)[:channels], axes.flip(1)[:, :channels]
+    scale = torch.where(values > (1e-4 * values[0]).clamp(min=1e-8), values.clamp(min=1e-12).rsqrt(), 0.0)
+    linear = nn.Linear(embeddings.shape[1], channels).requires_grad_(False)
+    linear.weight.copy_((axes * scale).T)
+    linear.bias.copy_(-linear.weight @ mean)
+    return linear
+
+
+def _embedded(captions: Sequence[str], folder: Path) -> Float[Tensor, "t e"]:
+    """Embeddings of captions, kept in the folder for the next run."""
+    import hashlib
+
+    from safetensors.torch import load_file, save_file
+
+    from genmed.text import embed
+
+    key = hashlib.sha256("\n".join(captions).encode()).hexdigest()[:16]
+    path = folder / f"captions-{key}.safetensors"
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        save_file({"embeddings": embed(captions)}, part)
+        part.replace(path)
+    return load_file(path)["embeddings"]
+
+
+# Loss -----------------------------------------------------------------------------------------------------
+
+
+def draw_batch(bank: Bank, size: int, step: int, seed: int, process: int = 0) -> ShapeBatch:
+    """The shapes, copies, mixtures and captions of one training step."""
+    seed = ((seed * 1_000_003 + step) * 1_009 + process) % 2**62
+    generator = Generator().manual_seed(seed)
+    chosen = torch.multinomial(bank.weights, size, replacement=True, generator=generator).tolist()
+    rows = [_mixed(bank, i, generator) for i in chosen]
+    captions = [bank.captions[i][_integer(len(bank.captions[i]), generator)] for i in chosen]
+    codes, sizes = (torch.stack(part) for part in zip(*rows, strict=True))
+    return ShapeBatch(codes, sizes, bank.text[captions], seed)
+
+
+def _mixed(bank: Bank, i: int, generator: Generator) -> tuple[Tensor, Tensor]:
+    version = _integer(bank.codes.shape[1], generator)
+    code, size = bank.codes[i, version], bank.size[i]
+    if torch.rand((), generator=generator) < MIXED:
+        other = bank.group[i][_integer(len(bank.group[i]), generator)]
+        share = uniform(0.6, 1.0, generator)
+        code = share * code + (1 - share) * bank.codes[other, version]
+    return code, size
+
+
+def _integer(below: int, generator: Generator) -> int:
+    return int(torch.randint(below, (), generator=generator))
+
+
+class ShapeLoss(nn.Module):
+    """Denoising loss of P(shape, size, text) under `MIXTURE`.
+
+    *equal* levels; *independent* levels; *text* clean and shape and size noisy; *no text*: hidden, so that the model
+    also knows shapes alone (classifier-free, arXiv 2207.12598); *retrieval*: shape clean and text noisy. A size that
+    is not known is hidden and does not count.
+    """
+
+    def __init__(self, model: Denoiser) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: ShapeBatch) -> dict[str, Tensor]:
+        generator = Generator().manual_seed(batch.seed)
+        fields = self.model.fields
+        unknown = batch.size.isnan()
+        sigma = draw_sigma(len(batch.codes), self.model.sigma_max, generator).to(batch.codes)
+        sigma[unknown, fields.index("size")] = self.model.sigma_max
+        size = batch.size.nan_to_num(0.0)[:, None]
+        z0 = torch.cat([batch.codes, size, batch.text], dim=1)[..., None, None, None]
+        noise = torch.randn(z0.shape, generator=generator).to(z0)
+        spread = fields.spread(sigma)[..., None, None, None]
+        with torch.autocast(z0.device.type, enabled=False):  # a small network: nothing is gained by coarse numbers
+            outputs = self.model.outputs(z0 + spread * noise, sigma)
+        truth = fields.split(z0)
+        losses = {}
+        for name, weight in (("shape", 1.0), ("size", 0.2), ("text", 0.2)):
+            level = sigma[:, fields.index(name), None]
+            counts = (level > 0) & ~(unknown[:, None] & (name == "size"))
+            error = (outputs[name] - truth[name]).flatten(1) ** 2 * (1 + level**2) / level.clamp(min=1e-3) ** 2
+            losses[name] = weight * (error * counts).mean()
+        return {"loss": sum(losses.values(), torch.zeros(())), **losses}  # type: ignore[dict-item]
+
+
+def draw_sigma(count: int, sigma_max: float, generator: Generator) -> Float[Tensor, "b 3"]:
+    """Levels of shape, size and text of every sample."""
+    edges = torch.tensor(list(MIXTURE.values())).cumsum(0)
+    kinds = torch.searchsorted(edges, torch.rand(count, generator=generator)).clamp(max=len(edges) - 1)
+    mean, deviation = LOG_SIGMA
+    levels = torch.exp(mean + deviation * torch.randn(count, 3, generator=generator)).clamp(max=sigma_max)
+    same = torch.rand(count, generator=generator) < 0.5
+    sigma = levels.clone()
+    for row, kind in enumerate(kinds.tolist()):
+        name = list(MIXTURE)[kind]
+        if name == "equal":
+            sigma[row] = levels[row, 0]
+        elif name in ("text", "no text"):
+            sigma[row, 1] = levels[row, 0 if same[row] else 1]
+            sigma[row, 2] = 0.0 if name == "text" else sigma_max
+        elif name == "retrieval":
+            sigma[row, 0], sigma[row, 1] = 0.0, 0.0 if same[row] else sigma_max
+    return sigma
+
+
+# The command ----------------------------------------------------------------------------------------------
+
+
+def train_shapes(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    max_minutes: float | None = None,
+    resume: bool = False,
+    steps: int = STEPS,
+    seed: int = 0,
+    modes: int = MODES,
+    width: int = WIDTH,
+    blocks: int = BLOCKS,
+    batch: int = 128,
+    clock: Callable[[], float] = wall_minutes,
+) -> Path:
+    """Train the joint of shape, size and text on a folder of `genmed data build-shapes`; write a model folder.
+
+    The minutes are those of the denoiser; autoencoder, deformed copies and captions come before. Raises
+    `GenMedError` for folders that hold no shapes in their training part.
+    """
+    data, out = read_shapes(folder), Path(out)
+    numbers = data.part("train")
+    if len(numbers) < 2:
+        raise GenMedError(f"{folder}: has {len(numbers)} shapes in its training part; at least 2 are needed.")
+    torch.manual_seed(seed)
+    model, bank = prepare(data, out, steps=steps, seed=seed, modes=modes, width=width, blocks=blocks, batch=batch)
+    average, minutes = fit(
+        ShapeLoss(model.denoiser),
+        lambda step, process: draw_batch(bank, model.plan.batch, step, seed, process),
+        out,
+        steps=steps,
+        learning_rate=model.plan.learning_rate,
+        max_minutes=max_minutes,
+        resume=resume,
+        clock=clock,
+    )
+    trained = dataclasses.replace(model, denoiser=average.cpu())  # type: ignore[arg-type]
+    save_shapes(trained, out, _card(trained, data, len(numbers), minutes))
+    return out
+
+
+def prepare(
+    data: ShapeDataset, out: Path, *, steps: int, seed: int, modes: int, width: int, blocks: int, batch: int
+) -> tuple[ShapeModel, Bank]:
+    """The untrained model with its autoencoder and text projection, and the bank of training shapes."""
+    rows = [data.rows[i] for i in data.part("train")]
+    weights = category_weights([row.category for row in rows])
+    x = lowered(data, data.part("train"), min(SIDE, data.size))
+    autoencoder = fit_autoencoder(x, weights, modes, seed)
+    codes = torch.stack([autoencoder.encode(versions(x, v, seed)) for v in range(VERSIONS)], dim=1)
+    log_mm = torch.tensor([np.log(row.voxel_mm) if row.extent_mm is not None else np.nan for row in rows]).float()
+    known = log_mm[~log_mm.isnan()]
+    mean, deviation = (float(known.mean()), max(float(known.std()), 0.05)) if len(known) > 1 else (0.0, 1.0)
+    texts = tuple(dict.fromkeys(caption for row in rows for caption in row.captions))
+    place = {text: number for number, text in enumerate(texts)}
+    captions = tuple(tuple(place[caption] for caption in row.captions) for row in rows)
+    shares = torch.zeros(len(texts))
+    for weight, own in zip(weights.tolist(), captions, strict=True):
+        shares[list(own)] += weight / len(own)
+    embeddings = _embedded(texts, out)
+    projection = whitening(embeddings, shares, TEXT_CHANNELS)
+    groups: dict[tuple[str, str], list[int]] = {}
+    for i, row in enumerate(rows):
+        groups.setdefault((row.category, row.side), []).append(i)
+    categories = {
+        name: tuple(sorted({row.side for row in rows if row.category == name and row.side in ("left", "right")}))
+        for name in sorted({row.category for row in rows})
+    }
+    plan = ShapePlan(
+        out.name, categories, data.size, autoencoder.side, len(autoencoder.modes), TEXT_CHANNELS, width, blocks,
+        mean, deviation, batch, steps, licence="; ".join(sorted({row.licence for row in rows})),
+        source=", ".join(sorted({row.source for row in rows})), seed=seed,
+    )  # fmt: skip
+    model = dataclasses.replace(build_shapes_model(plan), autoencoder=autoencoder, projection=projection)
+    group = tuple(tuple(groups[row.category, row.side]) for row in rows)
+    bank = Bank(codes, model.size_of(log_mm), projection(embeddings), captions, group, weights)
+    return model, bank
+
+
+@torch.no_grad()
+def reconstruction(model: ShapeModel, data: ShapeDataset, numbers: Sequence[int]) -> dict[str, float]:
+    """Mean Dice by category between shapes and what is left of them after encoding and decoding."""
+    scores: dict[str, list[float]] = {}
+    for i in numbers:
+        x = torch.from_numpy(data.sdf(i))[None, None]
+        found = model.autoencoder.decode(model.autoencoder.encode(x), data.size) < 0
+        dice = 2 * float((found & (x < 0)).sum()) / float(found.sum() + (x < 0).sum())
+        scores.setdefault(data.rows[i].category, []).append(dice)
+    return {category: float(np.mean(values)) for category, values in scores.items()}
+
+
+def _card(model: ShapeModel, data: ShapeDataset, count: int, minutes: float) -> Card:
+    plan = model.plan
+    scores = {f"tune {name} reconstruction dice": round(value, 4)
+              for name, value in reconstruction(model, data, data.part("tune")).items()}  # fmt: skip
+    return Card(
+        name=plan.name,
+        licence=plan.licence or "not stated by the training data",
+        training_data=f"{count} shapes of {len(plan.categories)} categories ({plan.source})",
+        minutes=round(minutes, 1),
+        hardware=torch.cuda.get_device_name() if torch.cuda.is_available()
+        else f"{torch.get_num_threads()} threads of {platform.machine()}",
+        command="genmed train (reconstruction by the autoencoder alone)",
+        scores=scores,
+        text=f"# {plan.name}\n\nJoint model of shape, size and text: {', '.join(plan.categories)}.",
+    )  # fmt: skip

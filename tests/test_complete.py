@@ -1,0 +1,224 @@
+"""Completion and generation by a tiny trained model, from Python and from the command line."""
+
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from test_cli import failed_in_one_line
+from test_mesh import ball
+from test_shape import AFFINES, dice
+from tiny_shapes import EXTENT_MM, RADII, ellipsoid_distance, write_shapes
+from typer.testing import CliRunner, Result
+
+import genmed as gm
+from genmed.cli import app
+from genmed.cue import cue_of_labels, planes_of
+from genmed.errors import GenMedError
+from genmed.mesh import Mesh, read_mesh, save_mesh
+from genmed.shape_model import ShapeModel, load_shapes
+from genmed.tasks.shapes import parse_planes
+from genmed.text import embed
+from genmed.train_shapes import train_shapes
+from genmed.volume import Volume
+
+TRIPLE = "axial=14,coronal=18,sagittal=17"
+
+
+def genmed(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("model")
+    data = write_shapes(root / "set")
+    return train_shapes(data, root / "tiny", steps=400, modes=24, width=96, blocks=2, batch=48)
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> ShapeModel:
+    return load_shapes(folder)
+
+
+def kidney(shape: tuple[int, int, int] = (36, 36, 36), step_mm: float = 4.0) -> np.ndarray:
+    """A kidney of the tiny set on voxels of 4 mm, off the middle."""
+    points = (np.moveaxis(np.indices(shape), 0, -1) - [17, 18, 15]) * step_mm
+    return ellipsoid_distance(np.array(RADII["kidney"]) * EXTENT_MM["kidney"] / 2, points) < 0
+
+
+@pytest.fixture
+def part(tmp_path: Path) -> Path:
+    path = tmp_path / "part.nii.gz"
+    Volume(kidney().astype(np.uint8)[None], np.diag([4.0, 4, 4, 1])).save(path)
+    return path
+
+
+def test_three_planes_of_an_ellipsoid_are_completed(model: ShapeModel) -> None:
+    truth, affine = kidney(), np.diag([4.0, 4, 4, 1])
+    volume = Volume(truth.astype(np.uint8)[None], affine)
+    seen = planes_of(volume, {"axial": [14], "coronal": [18], "sagittal": [17]})
+    found = gm.complete(model, cue_of_labels(truth, affine, seen), samples=2)
+    whole = found.probability(volume.grid) > 0.5
+    assert dice(whole, truth) > 0.85
+    assert len(found.shapes) == 2 and found.volume_ml is not None
+    assert found.volume_ml.low <= found.volume_ml.mean <= found.volume_ml.high
+    assert found.residual < 4.0  # a voxel
+    assert abs(found.mesh().volume_ml / (truth.sum() * 64 / 1000) - 1) < 0.25
+
+
+def test_the_same_seed_gives_the_same_shapes(model: ShapeModel) -> None:
+    cue = cue_of_labels(kidney(), np.diag([4.0, 4, 4, 1]), np.indices((36, 36, 36))[2] == 14)
+    first, again, other = (gm.complete(model, cue, samples=1, seed=seed) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first.shapes[0].sdf, again.shapes[0].sdf)
+    assert (first.shapes[0].sdf != other.shapes[0].sdf).any()
+
+
+def test_generated_sizes_follow_the_caption(model: ShapeModel) -> None:
+    voxels = {
+        name: np.median([shape.voxel_mm for shape in gm.generate(model, 6, text=embed([f"left {name}"])[0])])
+        for name in ("kidney", "femur")
+    }
+    assert voxels["femur"] > 2 * voxels["kidney"]
+    assert len(gm.generate(model, 2)) == 2
+
+
+@pytest.mark.parametrize("affine", [np.diag([4.0, 4, 4, 1]), *(a @ np.diag([4.0, 4, 4, 1]) for a in AFFINES.values())])
+def test_the_result_lies_on_the_grid_and_keeps_what_was_seen(
+    affine: np.ndarray, folder: Path, tmp_path: Path
+) -> None:
+    path, out = tmp_path / "part.nii.gz", tmp_path / "out.nii.gz"
+    volume = Volume(kidney().astype(np.uint8)[None], affine)
+    volume.save(path)
+    result = genmed("complete", path, "--model", folder, "--out", out, "--planes", TRIPLE, "--samples", 1)
+    assert result.exit_code == 0, result.output
+    given, made = nib.load(path), nib.load(out)
+    assert np.array_equal(given.affine, made.affine) and given.shape == made.shape
+    seen = planes_of(gm.read_labels(path), {"axial": [14], "coronal": [18], "sagittal": [17]})
+    whole = np.asarray(made.dataobj) != 0
+    assert np.array_equal(whole[seen], kidney()[seen])
+    assert set(np.unique(whole)) == {False, True} and whole[~seen].any()
+    facts = json.loads((tmp_path / "out.manifest.json").read_text())
+    assert facts["planes"] == {"axial": [14], "coronal": [18], "sagittal": [17]} and facts["seed"] == 0
+
+
+def test_unseen_voxels_change_no_voxel_of_the_result(part: Path, folder: Path, tmp_path: Path) -> None:
+    label = gm.read_labels(part)
+    seen = planes_of(label, {"axial": [14], "coronal": [18]})
+    garbage = np.where(seen, label.data[0], np.random.default_rng(0).integers(0, 4, seen.shape))
+    Volume(garbage[None].astype(np.uint8), label.affine).save(tmp_path / "garbage.nii.gz")
+    results = []
+    for name in ("part", "garbage"):
+        out = tmp_path / f"{name}-out.nii.gz"
+        result = genmed("complete", tmp_path / f"{name}.nii.gz", "--model", folder, "--out", out,
+                        "--planes", "axial=14,coronal=18", "--samples", 1)  # fmt: skip
+        assert result.exit_code == 0, result.output
+        results.append(gm.read_labels(out).data)
+    np.testing.assert_array_equal(*results)
+
+
+def test_a_mask_text_and_a_mesh_out(part: Path, folder: Path, tmp_path: Path) -> None:
+    mask = np.zeros((36, 36, 36), np.uint8)
+    mask[:, :, :16] = 1
+    Volume(mask[None], np.diag([4.0, 4, 4, 1])).save(tmp_path / "mask.nii.gz")
+    out = tmp_path / "out.stl"
+    result = genmed("complete", part, "--model", folder, "--out", out, "--observed", tmp_path / "mask.nii.gz",
+                    "--text", "left kidney", "--samples", 1, "--json")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["text"] == "left kidney"
+    assert read_mesh(out).volume_ml == pytest.approx(kidney().sum() * 64 / 1000, rel=0.4)
+
+
+def test_a_surface_is_cut_by_planes_in_mm(folder: Path, tmp_path: Path) -> None:
+    radii = np.array(RADII["kidney"]) * EXTENT_MM["kidney"] / 2
+    mesh = ball(1.0)
+    save_mesh(Mesh(mesh.vertices * radii + [200.0, -30, 70], mesh.faces), tmp_path / "part.stl")
+    out = tmp_path / "out.ply"
+    result = genmed("complete", tmp_path / "part.stl", "--model", folder, "--out", out, "--samples", 1,
+                    "--planes", "axial=75,coronal=-32.5,sagittal=198")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    middle = (read_mesh(out).vertices.min(axis=0) + read_mesh(out).vertices.max(axis=0)) / 2
+    np.testing.assert_allclose(middle, [200, -30, 70], atol=12)
+
+
+@pytest.mark.parametrize("words", ["spleen of a cat's left liver and kidney", "linke Niere"])
+def test_a_text_that_names_nothing_known_is_said_and_not_used(
+    words: str, part: Path, folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.nii.gz"
+    options = ("--planes", TRIPLE, "--samples", 1, "--text", words)
+    result = genmed("complete", part, "--model", folder, "--out", out, *options)
+    assert result.exit_code == 0 and "names no structure that this model knows" in result.stderr
+    assert json.loads((tmp_path / "out.manifest.json").read_text())["text"] is None
+
+
+def test_generate_writes_surfaces_and_what_they_are(folder: Path, tmp_path: Path) -> None:
+    result = genmed("generate", "--model", folder, "--text", "left kidney", "-n", 3, "--out", tmp_path / "made")
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "made" / "generated.json").read_text())["shapes"]
+    assert len(rows) == 3
+    for row in rows:
+        assert read_mesh(tmp_path / "made" / row["file"]).volume_ml == pytest.approx(row["volume_ml"], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--planes", "axial=99"], ["axial=99", "outside"]),
+        (["--planes", "axial=1"], ["cue is empty"]),
+        (["--planes", "axial=1.5"], ["whole numbers"]),
+        (["--planes", "oblique=3"], ["no plane"]),
+        (["--planes", ""], ["no plane"]),
+        (["--samples", 0], ["samples"]),
+        (["--seed", -1], ["seed"]),
+        (["--out", "out.txt"], ["out.txt", ".stl"]),
+        (["--model", "hippocampus-mr"], ["model of images"]),
+        (["--observed", "nowhere.nii.gz"], ["nowhere.nii.gz"]),
+    ],
+)
+def test_bad_options_give_one_line_and_no_file(
+    options: list[object], words: list[str], part: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    chosen: dict[object, object] = {"--model": folder, "--out": "out.nii.gz"}
+    chosen |= {options[0]: options[1]}
+    result = genmed("complete", part, *(word for pair in chosen.items() for word in pair))
+    failed_in_one_line(result, *words)
+    assert [path.name for path in tmp_path.iterdir()] == ["part.nii.gz"]
+
+
+def test_bad_parts_give_one_line(folder: Path, tmp_path: Path) -> None:
+    several = tmp_path / "several.nii.gz"
+    Volume(np.pad(np.array([[[[1, 2]]]], np.uint8), ((0, 0), *[(4, 4)] * 3)), np.eye(4)).save(several)
+    empty = tmp_path / "empty.nii.gz"
+    Volume(np.zeros((1, 8, 8, 8), np.uint8), np.eye(4)).save(empty)
+    metres = tmp_path / "metres.stl"
+    save_mesh(ball(0.05), metres)
+    opened = tmp_path / "open.stl"
+    whole = ball(30.0)
+    save_mesh(Mesh(whole.vertices, whole.faces[whole.vertices[whole.faces[:, 0], 2] > -5]), opened)
+    flat = tmp_path / "flat.stl"
+    save_mesh(Mesh(whole.vertices * [1, 1, 0], whole.faces), flat)
+    sound = tmp_path / "sound.stl"
+    save_mesh(whole, sound)
+    for path, options, words in (
+        (several, [], "several labels"),
+        (empty, [], "cue is empty"),
+        (metres, [], "metres"),
+        (opened, [], "open"),
+        (flat, [], "flat.stl"),
+        (sound, ["--planes", "axial=400"], "no plane meets"),
+        (sound, ["--observed", str(empty)], "--observed"),
+        (tmp_path / "absent.nii.gz", [], "absent.nii.gz"),
+    ):
+        failed_in_one_line(genmed("complete", path, "--model", folder, "--out", tmp_path / "out.stl", *options), words)
+    failed_in_one_line(genmed("generate", "--model", folder, "--out", empty), "give a folder")
+    failed_in_one_line(genmed("generate", "--model", folder, "--out", tmp_path / "x", "-n", 0), "-n 0")
+
+
+def test_planes_are_read_as_they_are_written() -> None:
+    assert parse_planes("axial=30, axial=40,coronal=-5.5") == {"axial": [30, 40], "coronal": [-5.5]}
+    assert parse_planes(None) == {}
+    with pytest.raises(GenMedError, match="no plane"):
+        parse_planes("axial=30,")

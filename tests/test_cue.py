@@ -1,0 +1,109 @@
+"""Bounds of the signed distance that follow from what was seen."""
+
+import numpy as np
+import pytest
+from test_mesh import ball
+from test_shape import AFFINES
+
+from genmed.cue import Cue, cue_of_labels, cue_of_mesh, cue_of_surface_points, planes_of
+from genmed.errors import GenMedError
+from genmed.volume import Volume
+
+RADIUS, MIDDLE = 11.0, np.array([16.0, 15.0, 17.0])
+
+
+def ball_mask(shape: tuple[int, int, int] = (32, 32, 32)) -> np.ndarray:
+    return np.linalg.norm(np.moveaxis(np.indices(shape), 0, -1) - MIDDLE, axis=-1) < RADIUS
+
+
+def seen_of(kind: str) -> np.ndarray:
+    seen = np.zeros((32, 32, 32), bool)
+    if kind == "planes":
+        seen[14], seen[:, 9], seen[:, :, 20] = True, True, True
+    elif kind == "half":
+        seen[:, :, :17] = True
+    elif kind == "box":
+        seen[4:20, 8:30, 2:22] = True
+    else:
+        seen[:] = True
+    return seen
+
+
+@pytest.mark.parametrize("affine", [np.eye(4), *AFFINES.values()])
+@pytest.mark.parametrize("kind", ["planes", "half", "box", "all"])
+def test_bounds_hold_the_true_distance(kind: str, affine: np.ndarray) -> None:
+    cue = cue_of_labels(ball_mask(), affine, seen_of(kind), points=3000)
+    middle = affine[:3, :3] @ MIDDLE + affine[:3, 3]
+    distance = np.linalg.norm(cue.points_mm - middle, axis=1) - RADIUS
+    assert (cue.lower_mm <= cue.upper_mm).all()
+    assert (distance >= cue.lower_mm - 0.9).all() and (distance <= cue.upper_mm + 0.9).all()  # of a voxelised ball
+    assert ((cue.lower_mm > -1) & (cue.upper_mm < 1)).sum() > 50  # and it says where the contour is
+
+
+def test_a_region_seen_in_depth_bounds_from_both_sides() -> None:
+    cue = cue_of_labels(ball_mask(), np.eye(4), np.ones((32, 32, 32), bool))
+    deep = cue.lower_mm < -5
+    assert deep.any() and (cue.upper_mm[deep] < -3).all()
+
+
+def test_what_was_not_seen_changes_nothing() -> None:
+    seen = seen_of("planes")
+    garbage = np.where(seen, ball_mask(), np.random.default_rng(0).random(seen.shape) < 0.5)
+    first, second = (cue_of_labels(mask, np.eye(4), seen) for mask in (ball_mask(), garbage))
+    for name in vars(first):
+        np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
+
+
+@pytest.mark.parametrize(
+    ("affine", "axes"),
+    [
+        (np.eye(4), (2, 1, 0)),
+        (AFFINES["las"], (2, 1, 0)),
+        (AFFINES["permuted"], (1, 0, 2)),
+        (AFFINES["oblique"], (2, 1, 0)),
+    ],
+)
+def test_planes_lie_along_the_nearest_array_axes(affine: np.ndarray, axes: tuple[int, int, int]) -> None:
+    volume = Volume(np.zeros((1, 5, 6, 7), np.uint8), affine)
+    for name, axis in zip(("axial", "coronal", "sagittal"), axes, strict=True):
+        seen = planes_of(volume, {name: [1, 3]})
+        others = tuple(a for a in range(3) if a != axis)
+        assert np.flatnonzero(seen.any(axis=others)).tolist() == [1, 3]
+        assert seen.sum() == 2 * np.prod([seen.shape[a] for a in others])
+        with pytest.raises(GenMedError, match=f"{name}={seen.shape[axis]} is outside"):
+            planes_of(volume, {name: [seen.shape[axis]]})
+
+
+def test_a_mesh_cut_by_planes_gives_bounds_of_its_distance() -> None:
+    mesh = ball(30.0, at=(120.0, -80.0, 5.0))
+    cue = cue_of_mesh(mesh, {"axial": [10.0], "sagittal": [110.0]})
+    distance = np.linalg.norm(cue.points_mm - [120, -80, 5], axis=1) - 30
+    assert (distance >= cue.lower_mm - 0.8).all() and (distance <= cue.upper_mm + 0.8).all()
+    on_planes = np.isclose(cue.points_mm[:, 2], 10) | np.isclose(cue.points_mm[:, 0], 110)
+    assert on_planes.all() and isinstance(cue, Cue)
+
+
+def test_beyond_its_planes_a_mesh_may_be_anything() -> None:
+    short, long = (ball(30.0), ball(30.0))
+    long.vertices[:, 2] = np.where(np.abs(long.vertices[:, 2]) > 5, 2, 1) * long.vertices[:, 2]
+    cues = [cue_of_mesh(mesh, {"axial": [0.0]}) for mesh in (short, long)]
+    np.testing.assert_allclose(cues[0].box_mm, cues[1].box_mm)
+    np.testing.assert_allclose(cues[0].upper_mm, cues[1].upper_mm)
+
+
+def test_noisy_points_lie_on_the_surface_and_are_not_trusted() -> None:
+    rng = np.random.default_rng(0)
+    points = ball(30.0).vertices + rng.normal(0, 2.0, ball(30.0).vertices.shape)
+    cue = cue_of_surface_points(points, 2.0)
+    assert cue.doubtful and not cue.upper_mm.any() and not cue.lower_mm.any()
+    np.testing.assert_allclose(cue.box_mm, [[-30] * 3, [30] * 3], atol=4)
+
+
+def test_cues_without_anything_inside_are_refused() -> None:
+    for seen in (np.zeros((32, 32, 32), bool), seen_of("box") & False):
+        with pytest.raises(GenMedError, match="cue is empty"):
+            cue_of_labels(ball_mask(), np.eye(4), seen)
+    with pytest.raises(GenMedError, match="no plane meets"):
+        cue_of_mesh(ball(30.0), {"axial": [100.0]})
+    with pytest.raises(GenMedError, match="no finite points"):
+        cue_of_surface_points(np.zeros((0, 3)), 1.0)
