@@ -787,7 +787,3 @@ def _segmented_text(outcome: Outcome) -> str:
         how += "; DOUBTFUL: unlike what the model knows, look at it" if facts.get("doubtful") else ""
         lines.append(f"{case}: {volumes} ({how}) -> {facts['out']}")
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    main()

@@ -126,7 +126,7 @@ def test_the_command_line_does_not_leak_either(tmp_path: Path) -> None:
         command = ["segment", str(tmp_path / name / "scan.nii.gz"), "--model", str(tmp_path / "model")]
         options = ["--observed", str(tmp_path / "mask.nii.gz"), "--samples", "1", "--probabilities", "--preview"]
         out = ["--out", str(tmp_path / name / "out")]
-        subprocess.run([sys.executable, "-m", "genmed.cli", *command, *options, *out], check=True, capture_output=True)
+        subprocess.run([sys.executable, "-m", "genmed", *command, *options, *out], check=True, capture_output=True)
         files = sorted(p for p in (tmp_path / name / "out").iterdir() if p.name != "manifest.json")
         written.append({p.name: _content(p) for p in files})
     assert len(written[0]) >= 4

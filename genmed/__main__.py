@@ -1,0 +1,5 @@
+"""`python -m genmed`: the command line."""
+
+from genmed.cli import main
+
+main()
