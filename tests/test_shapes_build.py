@@ -164,7 +164,7 @@ def test_paths_start_in_the_source_folder(tmp_path: Path) -> None:
 
 def test_killed_builds_go_on_and_lose_at_most_what_was_in_progress(tmp_path: Path) -> None:
     source = livers(tmp_path / "set", 20)
-    command = [sys.executable, "-m", "genmed.cli", "data", "build-shapes", str(source), "--out", str(tmp_path / "out"),
+    command = [sys.executable, "-m", "genmed", "data", "build-shapes", str(source), "--out", str(tmp_path / "out"),
                "--size", "32"]  # fmt: skip
     run = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     try:
@@ -190,7 +190,7 @@ def test_killed_builds_go_on_and_lose_at_most_what_was_in_progress(tmp_path: Pat
 
 def test_ctrl_c_ends_cleanly(tmp_path: Path) -> None:
     source = livers(tmp_path / "set", 100)
-    command = [sys.executable, "-m", "genmed.cli", "data", "build-shapes", str(source), "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "genmed", "data", "build-shapes", str(source), "--out", str(tmp_path / "out")]
     run = subprocess.Popen(
         command,
         stderr=subprocess.PIPE,
