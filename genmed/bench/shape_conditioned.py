@@ -38,7 +38,7 @@ from genmed.train_shapes import category_weights, lowered, versions
 SIDE = 16           # voxels along the cue's cube
 REACH = 2.2         # side of that cube over the longest extent seen
 UNSEEN = -128       # stored value of voxels in which nothing was seen; the others hold distances in 1/64 voxels
-CUES = 24_000       # drawn for the training, every kind as often
+CUES = 12_000       # drawn for the training, every kind as often; a tenth of a second each
 VERSIONS = 12       # of every shape: itself and deformed copies, as in our training
 DROPPED = 0.1       # share of the training that is not shown the cue
 POSE = 4            # centre in the box, ln of the size over that of the box

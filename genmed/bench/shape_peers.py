@@ -404,8 +404,8 @@ def spline(cue: Cue, seed: int = 0) -> Callable[[Float[np.ndarray, "n 3"]], Floa
 def with_sides(cue: Cue, seed: int = 0) -> Cue:
     """A cue of surface points with bounds around them, on the side that the spline says; any other as it is.
 
-    At a point off the surface, the distance is about that to the closest point seen. Principal components alone have
-    no reason to leave zero anywhere.
+    Of noisy points, the closest one has come nearer by about one standard deviation, at most two. Principal components
+    alone have no reason to leave zero anywhere.
     """
     if (cue.lower_mm != 0).any() or (cue.upper_mm != 0).any():
         return cue
@@ -416,14 +416,14 @@ def with_sides(cue: Cue, seed: int = 0) -> Cue:
     points = low + (drawn * (1 + 2 * AROUND) - AROUND) * (high - low)
     away = cKDTree(cue.points_mm).query(points)[0]
     inside = spline(cue, seed)(points) < 0
-    clear = away > 2 * cue.voxel_mm
+    clear = away > cue.voxel_mm
     points, away, inside = points[clear], away[clear], inside[clear]
-    near = away - 2 * cue.voxel_mm
+    far = away + 2 * cue.voxel_mm
     return dataclasses.replace(
         cue,
         points_mm=np.concatenate([cue.points_mm, points]),
-        lower_mm=np.append(cue.lower_mm, np.where(inside, -away, near)),
-        upper_mm=np.append(cue.upper_mm, np.where(inside, -near, away)),
+        lower_mm=np.append(cue.lower_mm, np.where(inside, -far, away)),
+        upper_mm=np.append(cue.upper_mm, np.where(inside, -away, far)),
     )
 
 
