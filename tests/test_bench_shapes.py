@@ -13,10 +13,11 @@ from tiny_shapes import write_shapes
 from typer.testing import CliRunner
 
 from genmed.bench import generation, shape_solvers, shapes
+from genmed.bench.cases import stratified
 from genmed.bench.cues import KINDS, draw_cue
 from genmed.bench.generation import Drawn, rank_correlations, reconstructions, retrieval
 from genmed.bench.shape_solvers import METHODS, PCA_CHOICES, Lab, Solver, chosen_pca, solvers
-from genmed.bench.shapes import Row, chosen_shapes, macro_mean, read_rows, run, score, stratified, write_rows
+from genmed.bench.shapes import Row, chosen_shapes, macro_mean, read_rows, run, score, write_rows
 from genmed.cli import app
 from genmed.data.shapes import ShapeDataset, read_shapes
 from genmed.errors import GenMedError

@@ -214,6 +214,22 @@ def test_a_trained_peer_completes_and_is_not_trained_again(
     np.testing.assert_array_equal(again.complete(cue, 2)[1].sdf, found[1].sdf)
 
 
+def test_a_training_that_ended_before_its_guidance_was_chosen_is_not_repeated(
+    data: ShapeDataset, ours: ShapeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shape_conditioned, "TRAINING_STEPS", 3)
+
+    def killed(peer: Conditioned) -> float:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        conditioned(data, ours, tmp_path, 10.0, killed, count=12)
+    weights = (tmp_path / "weights.safetensors").read_bytes()
+    monkeypatch.setattr(shape_conditioned, "draw_batch", None)
+    assert conditioned(data, ours, tmp_path, 10.0, lambda peer: peer.guidance, count=12).guidance == 3.0
+    assert (tmp_path / "weights.safetensors").read_bytes() == weights
+
+
 def test_another_model_is_refused(peer: tuple[Conditioned, Path], data: ShapeDataset, ours: ShapeModel) -> None:
     with pytest.raises(GenMedError, match="other shapes or another model"):
         conditioned(data, replace(ours, sha256="another"), peer[1], 1.0, lambda peer: 0.0)

@@ -23,9 +23,10 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from genmed.bench.cases import stratified
 from genmed.bench.shape_peers import statistical
 from genmed.bench.shape_solvers import name_of
-from genmed.bench.shapes import TABLE, stratified, wanted
+from genmed.bench.shapes import TABLE, wanted
 from genmed.data.shapes import INDEX, ShapeDataset, ShapeRow, read_shapes
 from genmed.errors import GenMedError
 from genmed.files import sha256_of, write_bytes
@@ -48,7 +49,7 @@ from genmed.shape_model import ShapeModel, load_shapes
 from genmed.tasks.complete import generate, shape_at
 
 COUNT = 200        # reference shapes, and shapes of every row
-TRAINING = 200     # training shapes of a category at most, among which the nearest is looked for
+TRAINING = 1000    # training shapes of a category at most, among which the nearest is looked for
 METHODS = {
     "genmed": "GenMed, phrasings of the training",
     "genmed-held-out": "GenMed, held-out phrasings",
@@ -230,8 +231,8 @@ class Yardstick:
             place = row.category, row.side
             if place not in self.training:
                 numbers = alike(self.data, row)
-                step = max(1, len(numbers) // TRAINING)
-                self.training[place] = [cloud(self.data.shape(k), 20_000 + k) for k in numbers[::step][:TRAINING]]
+                step = -(-len(numbers) // TRAINING)
+                self.training[place] = [cloud(self.data.shape(k), 20_000 + k) for k in numbers[::step]]
             distances.append(100 * nearest_training([points], self.training[place])[0][0])
         return float(np.mean(distances))
 
@@ -320,10 +321,8 @@ def read_rows(path: Path) -> list[Row]:
     try:
         if tuple(lines[0]) != Row._fields:
             raise ValueError
-        return [
-            Row(*line[:2], int(line[2]), *map(float, line[3:9]), int(line[9]), float(line[10]))  # type: ignore[call-arg]
-            for line in lines[1:]
-        ]
+        kinds = (str, str, int, *[float] * 6, int, float)
+        return [Row._make(kind(x) for kind, x in zip(kinds, line, strict=True)) for line in lines[1:]]
     except (IndexError, ValueError, TypeError) as error:
         raise GenMedError(f"{path}: is no table of this benchmark; use another --out.") from error
 

@@ -28,7 +28,7 @@ from genmed.data.shapes import ShapeDataset
 from genmed.nets.autoencoder import LinearAutoencoder, principal_components
 from genmed.pose import FARTHEST, SIGMA, SIZE_SIGMA, WORTH, Posed, first_poses, sample
 from genmed.shape import MARGIN, TRUNCATION, Shape
-from genmed.shape_model import ShapeModel, ShapePlan, build_shapes_model
+from genmed.shape_model import KNOWN_SIZE, ShapeModel, ShapePlan, build_shapes_model
 from genmed.tasks.complete import honoured, shape_at
 from genmed.train_shapes import SIDE, category_weights, lowered
 
@@ -58,7 +58,7 @@ Told = tuple[str, str] | None
 
 @dataclass(frozen=True)
 class PcaSettings:
-    """What is chosen on the tune part: `genmed.bench.shapes.chosen_pca`.
+    """What is chosen on the tune part: `genmed.bench.shape_solvers.chosen_pca`.
 
     `prior` weighs the codes against the cue, `sided` fits left and right apart, `kept` starts are averaged, and
     `pooled` is how a structure that is not told is looked for: in one model of all shapes, or in every model.
@@ -201,7 +201,7 @@ class _Objective:
     def cost(self, codes: Tensor, poses: Tensor) -> Float[Tensor, " b"]:
         missed = self.missed(self.model.autoencoder.decode(codes), poses)[0]
         square = self.own**2 * torch.log1p((missed / self.own) ** 2) if self.cue.doubtful else missed**2
-        size = self.model.size_of(poses[:, 3])
+        size = self.model.size_of(poses[:, 3]).clamp(-KNOWN_SIZE, KNOWN_SIZE)  # beyond, there is no opinion
         return square.sum(1) / self.sigma**2 + self.prior * (codes**2).sum(1) + size**2 / (1 + SIZE_SIGMA**2)
 
     def missed(self, volume: Tensor, poses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -214,7 +214,10 @@ class _Objective:
         return (d - bound) * voxel / self.unit_mm, q, (bound.abs() >= far) * bound
 
     def system(self, codes: Tensor, poses: Tensor) -> tuple[Float[Tensor, "b p p"], Float[Tensor, "b p"]]:
-        """Gauss-Newton Hessians and slopes by codes, centre in units and ln voxel_mm."""
+        """Gauss-Newton Hessians and slopes by codes, centre in units and ln voxel_mm.
+
+        A miss in units is (voxel S(q) − bound) / unit, but for bounds that were clamped: they grow with the voxel.
+        """
         model, k = self.model, codes.shape[1]
         volume = model.autoencoder.decode(codes)
         missed, q, clamped = self.missed(volume, poses)
@@ -228,15 +231,15 @@ class _Objective:
         by_size = (d - clamped - (slope * q).sum(2)) * scale
         weight = ((1 + (missed / self.own) ** 2).rsqrt() if self.cue.doubtful else torch.ones_like(missed)) / self.sigma
         hessians, slopes = [], []
-        inner = torch.cat([torch.full((k,), self.prior), torch.full((3,), 1e-3), torch.zeros(1)])
-        share = 1 / (model.plan.size_deviation**2 * (1 + SIZE_SIGMA**2))
-        inner[-1] = share
+        known = (model.size_of(poses[:, 3]).abs() < KNOWN_SIZE).float()
+        share = known / (model.plan.size_deviation**2 * (1 + SIZE_SIGMA**2))
         for b, pose in enumerate(poses):
             active = missed[b] != 0
             w = weight[b, active, None]
             by_code = _rows(self.basis, q[b, active], model) * scale[b]
             a = w * torch.cat([by_code, -slope[b, active], by_size[b, active, None]], dim=1)
-            pull = torch.cat([self.prior * codes[b], torch.zeros(3), share * (pose[3:] - model.plan.size_mean)])
+            inner = torch.cat([torch.full((k,), self.prior), torch.full((3,), 1e-3), share[b, None]])
+            pull = torch.cat([self.prior * codes[b], torch.zeros(3), share[b] * (pose[3:] - model.plan.size_mean)])
             hessians.append(a.T @ a + torch.diag(inner))
             slopes.append(a.T @ (w[:, 0] * missed[b, active]) + pull)
         return torch.stack(hessians), torch.stack(slopes)

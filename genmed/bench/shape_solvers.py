@@ -15,6 +15,7 @@ import numpy as np
 
 from genmed import hub
 from genmed.bench import cues
+from genmed.bench.cases import stratified
 from genmed.bench.shape_conditioned import Conditioned, conditioned
 from genmed.bench.shape_peers import Interpolation, Nearest, PcaSettings, Statistical, nearest, statistical
 from genmed.cue import Cue
@@ -214,14 +215,12 @@ TuneCue = tuple[Cue, Shape, ShapeRow]
 
 
 def tune_cues(data: ShapeDataset) -> list[TuneCue]:
-    """Cues of a few tune shapes, evenly spread over them."""
-    numbers = sorted(data.part("tune"), key=lambda i: (data.rows[i].category, data.ids[i]))
-    if not numbers:
+    """Cues of a few tune shapes."""
+    if not (numbers := stratified(data, "tune", TUNE_SHAPES)):
         raise GenMedError(f"{data.folder}: its tune part, which settings are chosen on, is empty; build it again.")
-    spread = numbers[:: max(1, len(numbers) // TUNE_SHAPES)][:TUNE_SHAPES]
     return [
         (cues.draw_cue(data.shape(i), kind, crc32(data.ids[i].encode())), data.shape(i), data.rows[i])
-        for i in spread
+        for i in numbers
         for kind in TUNE_KINDS
     ]
 

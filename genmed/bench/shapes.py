@@ -19,6 +19,7 @@ from zlib import crc32
 import numpy as np
 from jaxtyping import Bool, Float
 
+from genmed.bench.cases import stratified
 from genmed.bench.cues import KINDS, draw, draw_cue
 from genmed.bench.hippocampus import save_figure
 from genmed.bench.segmentation import signed_rank_p
@@ -143,24 +144,6 @@ def chosen_shapes(data: ShapeDataset, part: str, count: int) -> list[int]:
     return chosen + (stratified(data, "unseen", -(-count // UNSEEN)) if part == "report" else [])
 
 
-def stratified(data: ShapeDataset, part: str, count: int) -> list[int]:
-    """Up to so many shapes of a part, evenly over sources and over their categories."""
-    numbers = sorted(data.part(part), key=lambda i: data.ids[i])
-    order = np.random.default_rng(0).permutation(len(numbers))
-    left: dict[str, dict[str, list[int]]] = {}
-    for i in (numbers[k] for k in order):
-        left.setdefault(data.rows[i].source, {}).setdefault(data.rows[i].category, []).append(i)
-    sources = {name: left[name] for name in sorted(left)}
-    chosen = [group.pop(0) for groups in sources.values() for _, group in sorted(groups.items())]
-    while len(chosen) < min(count, len(numbers)):
-        for source, groups in sources.items():
-            taken = Counter(data.rows[i].category for i in chosen if data.rows[i].source == source)
-            rest = sorted((name for name in groups if groups[name]), key=lambda name: (taken[name], name))
-            if rest:
-                chosen.append(groups[rest[0]].pop(0))
-    return chosen[:count]
-
-
 # One shape ------------------------------------------------------------------------------------------------
 
 
@@ -270,7 +253,7 @@ def read_rows(path: Path) -> Rows:
     try:
         if tuple(lines[0]) != Row._fields:
             raise ValueError
-        rows = [Row(*line[:8], *map(float, line[8:])) for line in lines[1:]]  # type: ignore[arg-type]
+        rows = [Row._make([*line[:8], *map(float, line[8:])]) for line in lines[1:]]
     except (IndexError, ValueError, TypeError) as error:
         raise GenMedError(f"{path}: is no table of this benchmark; use another --out.") from error
     return {row.place: row for row in rows}
