@@ -54,7 +54,7 @@ def data(folder: Path) -> ShapeDataset:
 @pytest.fixture(scope="module")
 def model(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("model") / "tiny"
-    return train_shapes(folder, out, steps=250, modes=12, width=64, blocks=2, batch=48)
+    return train_shapes(folder, out, steps=160, modes=12, width=64, blocks=2, batch=48)
 
 
 # Which shapes ---------------------------------------------------------------------------------------------
@@ -187,6 +187,7 @@ def test_a_run_goes_on_where_it_was_killed(
         return {name: solver(name, each) for name, each in solvers(lab, columns).items()}
 
     monkeypatch.setattr(shapes, "solvers", counted)
+    monkeypatch.setattr(shape_solvers, "SAMPLES", 1)
     with pytest.raises(KeyboardInterrupt):
         run(folder, model, tmp_path / "runs", tmp_path / "out", **options)
     first = list(read_rows(tmp_path / "out" / "shapes.csv").values())
