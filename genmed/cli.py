@@ -574,6 +574,47 @@ def bench_segmentation(
     )  # fmt: skip
 
 
+@bench_app.command("shapes")
+def bench_shapes(
+    shapes: Annotated[Path, typer.Option(help="A folder of `genmed data build-shapes`.")],
+    model: Annotated[str, typer.Option(help="A model of shapes that was trained on it: name or folder.")],
+    runs: Annotated[Path, typer.Option(help="Folder of the peers: what they were trained to or chosen for.")],
+    out: Annotated[Path, typer.Option(help="Folder for table, rows and picture; one for each table.")],
+    table: Annotated[str, typer.Option(help="completion or generation.")] = "completion",
+    part: Annotated[str, typer.Option(help="Part of the shapes: tune or report.")] = "report",
+    kinds: Annotated[
+        str | None, typer.Option(metavar="A,B", help='Only these cues, such as "one plane"; default: all.')
+    ] = None,
+    methods: Annotated[str | None, typer.Option(metavar="A,B", help="Only these methods; default: all.")] = None,
+    cases: Annotated[
+        int | None, typer.Option(metavar="N", help="So many shapes; default: 100, for generation 200.")
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Training time of the conditioned peer; default: the model's.")
+    ] = None,
+) -> None:
+    """Compare completion or generation of shapes with other methods, and print the table.
+
+    Missing peers are trained first. Started again after an interruption, it goes on where it was.
+    """
+    from genmed.bench import generation
+    from genmed.bench import shapes as completion
+
+    chosen = [[name.strip() for name in text.split(",")] if text is not None else None for text in (kinds, methods)]
+    if table == "generation" and kinds is None:
+        generation.run(
+            shapes, model, out, part=part, methods=chosen[1],
+            count=generation.COUNT if cases is None else cases,
+        )  # fmt: skip
+        return
+    if table != "completion":
+        raise GenMedError(f"--table {table}: choose completion, or generation, which has no --kinds.")
+    completion.run(
+        shapes, model, runs, out, part=part, kinds=chosen[0], methods=chosen[1],
+        count=completion.COUNT if cases is None else cases, minutes=minutes,
+    )  # fmt: skip
+
+
 @models_app.command("list")
 def list_models(as_json: Json = False) -> None:
     """Bundled and pulled models, with the licence of their weights beside that of the code."""

@@ -129,8 +129,9 @@ def bootstrap_interval(
     seed: int = 0,
     n: int = 10_000,
     groups: Sequence[Hashable] | None = None,
+    weights: Sequence[float] | np.ndarray | None = None,
 ) -> tuple[float, float]:
-    """95 % percentile interval of the mean, from `n` resamples with replacement.
+    """95 % percentile interval of the mean, weighted if there are `weights`, from `n` resamples with replacement.
 
     With `groups` (one per value, e.g. the subject) whole groups are drawn, because values of one subject are
     not independent. Raises `GenMedError` for no or not finite values.
@@ -142,7 +143,8 @@ def bootstrap_interval(
         raise GenMedError(f"{len(groups)} groups were given for {array.size} values; give one each.")
     number = {group: k for k, group in enumerate(dict.fromkeys(groups or ()))}
     index = np.array([number[group] for group in groups]) if groups is not None else np.arange(array.size)
-    sums, counts = np.bincount(index, weights=array), np.bincount(index)
+    share = np.ones(array.size) if weights is None else np.asarray(weights, dtype=np.float64)
+    sums, counts = np.bincount(index, weights=array * share), np.bincount(index, weights=share)
     drawn = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=n)
     low, high = np.percentile((drawn @ sums) / (drawn @ counts), (2.5, 97.5))
     return float(low), float(high)

@@ -98,7 +98,7 @@ def complete(
     volume = model.autoencoder.decode(codes, model.plan.size)
     posed.pose = posed.pose[order]
     volume = honoured(volume, posed)
-    shapes = tuple(_shape(v, p) for v, p in zip(volume[:, 0].numpy(), posed.pose.numpy(), strict=True))
+    shapes = tuple(shape_at(v, p) for v, p in zip(volume[:, 0].numpy(), posed.pose.numpy(), strict=True))
     if progress:
         progress(1.0)
     missed = float((posed.misses(volume[:1], posed.pose[:1]) ** 2).mean().sqrt() * posed.pose[0, 3].exp())
@@ -170,7 +170,7 @@ def generate(
     volume = model.autoencoder.decode(drawn["shape"].flatten(1), plan.size)
     log_mm = model.log_voxel_mm(drawn["size"].flatten(1))
     poses = torch.cat([torch.zeros(count, 3), log_mm], dim=1)
-    return tuple(_shape(v, p) for v, p in zip(volume[:, 0].numpy(), poses.numpy(), strict=True))
+    return tuple(shape_at(v, p) for v, p in zip(volume[:, 0].numpy(), poses.numpy(), strict=True))
 
 
 def energy(z0: Float[Tensor, "b c 1 1 1"], posed: Posed) -> Float[Tensor, " b"]:
@@ -202,7 +202,8 @@ def honoured(volume: Float[Tensor, "b 1 n n n"], posed: Posed) -> Float[Tensor, 
     return volume
 
 
-def _shape(volume: Float[np.ndarray, "n n n"], pose: Float[np.ndarray, 4]) -> Shape:
+def shape_at(volume: Float[np.ndarray, "n n n"], pose: Float[np.ndarray, 4]) -> Shape:
+    """Distances in voxels of a cube, at a pose (centre_mm, ln voxel_mm)."""
     voxel_mm = float(np.exp(pose[3]))
     x, y, z = (float(v) for v in pose[:3] - voxel_mm * (len(volume) - 1) / 2)
     return Shape(encode(volume), voxel_mm, (x, y, z))

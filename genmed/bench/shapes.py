@@ -1,0 +1,385 @@
+"""`genmed bench shapes`: completion by ours and by its peers from the same cues of the same shapes.
+
+What is missing is trained or chosen first (`genmed.bench.shape_solvers`). Then each method completes each shape from
+each cue of `genmed.bench.cues`. A row of OUT/shapes.csv is written as soon as it is finished, shape by shape, and a run
+that starts again goes on after the last one. The other table, generation, is `genmed.bench.generation`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+from zlib import crc32
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from genmed.bench.cases import stratified
+from genmed.bench.cues import KINDS, draw, draw_cue
+from genmed.bench.hippocampus import save_figure
+from genmed.bench.segmentation import signed_rank_p
+from genmed.bench.shape_solvers import METHODS, OURS, Lab, Solver, solvers
+from genmed.cue import Cue
+from genmed.data.shapes import ShapeDataset, read_shapes
+from genmed.errors import GenMedError
+from genmed.files import write_bytes
+from genmed.mesh import surface
+from genmed.metrics import bootstrap_interval, dice, nsd
+from genmed.shape import Shape
+from genmed.shape_metrics import POINTS, chamfer, sample_surface, to_unit_box, uhd
+from genmed.shape_model import load_shapes
+from genmed.tasks.complete import Completion
+from genmed.volume import Grid
+
+COUNT = 100            # shapes of the part
+UNSEEN = 5             # one shape of an unseen structure for so many of them
+SEEN_POINTS = 8192     # on the true surface, of which those that were seen are looked at
+METRICS = {  # title, digits, whether less is better
+    "dice": ("Dice", 3, False),
+    "cd": ("Chamfer distance × 100", 3, True),
+    "uhd": ("UHD × 100", 2, True),
+    "nsd": ("NSD at one voxel of the truth", 3, False),
+}
+RIVALS = ("pca", "conditioned")  # that ours is compared with besides the best peer
+TABLES = ("completion", "generation")
+CASES, TABLE, PICTURE = "shapes.csv", "table.md", "table"
+
+
+class Scores(NamedTuple):
+    """One completion; `METRICS` says in which units."""
+
+    dice: float
+    cd: float
+    uhd: float
+    nsd: float
+
+
+class Row(NamedTuple):
+    """One shape completed from one kind of cue by one method. `key` names weights and settings."""
+
+    part: str
+    shape: str
+    kind: str
+    method: str
+    key: str
+    source: str
+    category: str
+    subject: str
+    dice: float
+    cd: float
+    uhd: float
+    nsd: float
+    seconds: float
+
+    @property
+    def place(self) -> tuple[str, str, str]:
+        return self.shape, self.kind, self.method
+
+
+Rows = dict[tuple[str, str, str], Row]
+
+
+def run(
+    shapes: str | Path,
+    model: str | Path,
+    runs: str | Path,
+    out: str | Path,
+    *,
+    part: str = "report",
+    kinds: Sequence[str] | None = None,
+    methods: Sequence[str] | None = None,
+    count: int = COUNT,
+    minutes: float | None = None,
+) -> str:
+    """Complete what is not finished, print the report and write it to `out`.
+
+    Args:
+        shapes: folder of `genmed data build-shapes`; `runs`: what peers were trained to or chosen for.
+        kinds: rows, of `KINDS`; methods: columns, of `METHODS`; default all.
+        count: shapes of the part. On the report part, a fifth as many of unseen structures come on top.
+        minutes: of the conditioned peer's training, where that is missing; default: those of the model.
+
+    Returns:
+        The report in Markdown. `out` gets table.md, shapes.csv and the picture table.svg and .png.
+    """
+    rows_wanted, columns = wanted(kinds, KINDS, "--kinds"), wanted(methods, METHODS, "--methods")
+    data, out = read_shapes(shapes), Path(out)
+    chosen = chosen_shapes(data, part, count)
+    rows = read_rows(out / CASES)
+    solving = solvers(Lab(data, load_shapes(model), Path(runs), minutes), columns)
+    rows = evaluate(data, chosen, rows_wanted, solving, rows, out)
+    text = report(rows, rows_wanted, columns, part, {name: solver.note for name, solver in solving.items()})
+    write_bytes(out / TABLE, text.encode("utf-8"))
+    draw_table(out, [row for row in rows.values() if row.part == part], rows_wanted, columns)
+    print(text)
+    return text
+
+
+def wanted(names: Sequence[str] | None, known: Iterable[str], option: str) -> list[str]:
+    """Those of the known names that were asked for, in their order."""
+    known = list(known)
+    if unknown := [name for name in names or () if name not in known]:
+        raise GenMedError(f"{option} {unknown[0]}: not in this table; choose from {','.join(known)}.")
+    return [name for name in known if names is None or name in names]
+
+
+def chosen_shapes(data: ShapeDataset, part: str, count: int) -> list[int]:
+    """Numbers of the shapes of a part, and on the report part a fifth as many of the part unseen.
+
+    A fixed list for an index: first one shape of every category of every source, then one source after the other, of
+    each the category that has the fewest. Which shapes of a category is drawn by a fixed seed.
+    """
+    if part not in ("tune", "report"):
+        raise GenMedError(f"--part {part}: no part to evaluate on; choose tune or report.")
+    if count < 1:
+        raise GenMedError(f"--cases {count}: nothing to evaluate; give 1 or more.")
+    chosen = stratified(data, part, count)
+    if not chosen:
+        raise GenMedError(f"{data.folder}: part '{part}' holds no shape; choose another.")
+    return chosen + (stratified(data, "unseen", -(-count // UNSEEN)) if part == "report" else [])
+
+
+# One shape ------------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    data: ShapeDataset,
+    chosen: Sequence[int],
+    kinds: Sequence[str],
+    solving: Mapping[str, Solver],
+    rows: Rows,
+    out: Path,
+) -> Rows:
+    """Rows of all shapes, kinds and methods. What there is under the same key is not done again."""
+    done: Rows = {}
+    for i in _track(chosen):
+        about = data.rows[i]
+        methods = {n: s for n, s in solving.items() if about.part != "unseen" or not METHODS[n].told}
+        for kind in kinds:
+            places = {name: (about.id, kind, name) for name in methods}
+            missing = [n for n, p in places.items() if p not in rows or rows[p].key != solving[n].key]
+            if missing:
+                truth, seed = data.shape(i), crc32(about.id.encode())
+                cue, seen = draw_cue(truth, kind, seed), seen_of(truth, kind, seed)
+            for name in missing:
+                started = time.monotonic()
+                found = solving[name].complete(cue, about)
+                seconds = time.monotonic() - started
+                scores = score(found, truth, seen, cue)
+                rows[places[name]] = Row(
+                    about.part, about.id, kind, name, solving[name].key, about.source, about.category,
+                    f"{about.source} {about.subject}", *scores, seconds,
+                )  # fmt: skip
+                write_rows(out / CASES, rows.values())
+            done |= {place: rows[place] for place in places.values()}
+    return done
+
+
+def seen_of(truth: Shape, kind: str, seed: int) -> Bool[np.ndarray, "n n n"]:
+    """Voxels that the cue of this kind and seed shows; all where it is points."""
+    return np.ones(truth.sdf.shape, bool) if kind == "noisy points" else draw(truth.distance, kind, seed).seen
+
+
+def score(found: Sequence[Shape], truth: Shape, seen: Bool[np.ndarray, "n n n"], cue: Cue) -> Scores:
+    """The mean of the shapes found, on the voxels of the truth's own cube and as much around it as it takes.
+
+    Points of the truth are drawn with other seeds than those of the prediction. UHD is from those points of the true
+    surface that lie in seen voxels (all, if none does). A prediction that encloses nothing is a point in the middle
+    of the cue.
+    """
+    distance, margin = on_cube(found, truth)
+    whole = surface(truth.distance, np.eye(4))
+    affine = np.eye(4)
+    affine[:3, 3] = -margin
+    inside, true = distance < 0, np.pad(truth.sdf < 0, margin)
+    if inside.any():
+        points = sample_surface(surface(distance, affine), POINTS, seed=1)
+        densely = sample_surface(surface(distance, affine), SEEN_POINTS, seed=1)
+    else:
+        middle = (cue.box_mm.mean(axis=0) - truth.origin_mm) / truth.voxel_mm
+        points = densely = np.tile(middle, (2, 1))
+    of_truth = sample_surface(whole, SEEN_POINTS, seed=2)
+    voxel = np.rint(of_truth).astype(int).clip(0, len(seen) - 1)
+    part = of_truth[seen[tuple(voxel.T)]]
+    boxed = [to_unit_box(p, whole.vertices) for p in
+             (points, sample_surface(whole, POINTS, seed=3), part if len(part) else of_truth, densely)]  # fmt: skip
+    return Scores(
+        dice(inside, true), 100 * chamfer(boxed[0], boxed[1]), 100 * uhd(boxed[2], boxed[3]),
+        nsd(inside, true, (1.0, 1.0, 1.0)),
+    )  # fmt: skip
+
+
+def on_cube(found: Sequence[Shape], truth: Shape) -> tuple[Float[np.ndarray, "m m m"], int]:
+    """Mean distance in mm on the truth's grid, and by how many voxels that was widened to hold the prediction."""
+    for margin in (0, len(truth.sdf) // 2):
+        affine = truth.grid.affine.copy()
+        affine[:3, 3] -= margin * truth.voxel_mm
+        n = len(truth.sdf) + 2 * margin
+        distance = Completion(tuple(found), 0.0, None, 0.0, 0).distance_mm(Grid((n, n, n), affine))
+        sides = [np.take(distance, side, axis=axis) for axis in range(3) for side in (0, -1)]
+        if all((side >= 0).all() for side in sides):
+            break
+    return distance, margin
+
+
+def _track(numbers: Sequence[int]) -> Iterable[int]:
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(numbers, description="Completing", console=Console(stderr=True), transient=True)
+
+
+# Kept from run to run -------------------------------------------------------------------------------------
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """The whole file, replaced at once, so that a kill leaves the last one or this one."""
+    table = io.StringIO(newline="")
+    csv.writer(table, lineterminator="\n").writerows([Row._fields, *rows])
+    write_bytes(path, table.getvalue().encode("utf-8"))
+
+
+def read_rows(path: Path) -> Rows:
+    """What was written, to the last digit; nothing without a file. Raises `GenMedError` for another table."""
+    if not path.exists():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        lines = list(csv.reader(file))
+    try:
+        if tuple(lines[0]) != Row._fields:
+            raise ValueError
+        rows = [Row._make([*line[:8], *map(float, line[8:])]) for line in lines[1:]]
+    except (IndexError, ValueError, TypeError) as error:
+        raise GenMedError(f"{path}: is no table of this benchmark; use another --out.") from error
+    return {row.place: row for row in rows}
+
+
+# The report -----------------------------------------------------------------------------------------------
+
+
+def report(rows: Rows, kinds: Sequence[str], columns: Sequence[str], part: str, notes: Mapping[str, str]) -> str:
+    """All tables with their captions, in Markdown."""
+    mine = [row for row in rows.values() if row.part == part]
+    unseen = [row for row in rows.values() if row.part == "unseen"]
+    parts = [f"# Completion of shapes, {part} part\n\n{_caption(mine)}\n"]
+    parts.append(_section("All data sets: mean over categories", mine, kinds, columns))
+    if set(columns) & set(OURS):
+        parts.append(f"### Paired differences of Dice\n\n{difference_table(mine, kinds, columns)}")
+    sources = sorted({row.source for row in mine})
+    for source in sources if len(sources) > 1 else []:
+        parts.append(_section(f"{source}: mean over its categories", [r for r in mine if r.source == source],
+                              kinds, columns))  # fmt: skip
+    if unseen:
+        names = ", ".join(sorted({row.category for row in unseen}))
+        can = [name for name in columns if not METHODS[name].told]
+        parts.append(_section(f"Unseen structure: {names}", unseen, kinds, can))
+        if set(can) & set(OURS):
+            parts.append(f"### Paired differences of Dice, unseen\n\n{difference_table(unseen, kinds, can)}")
+    lines = [f"- {METHODS[name].title}: {note}" for name, note in notes.items() if note]
+    parts.append("## Methods\n\n" + "\n".join([*lines, f"- {_times(mine, columns)}", ""]))
+    return "\n".join(parts)
+
+
+def _caption(rows: Sequence[Row]) -> str:
+    shapes = {row.shape: row for row in rows}
+    categories = {(row.source, row.category) for row in shapes.values()}
+    return (
+        f"{len(shapes)} shapes of {len(categories)} categories, {len({r.subject for r in shapes.values()})} persons, "
+        "none seen in training. Means of the categories' means [95 % bootstrap interval, whole persons resampled]; the "
+        "best of a row in bold. Every method gets the same cue, whose box is not that of the shape. Dice and NSD on "
+        f"the voxels of the truth's cube (one voxel is about 2 % of the longest extent at 64³). Chamfer of {POINTS:,} "
+        "points of either surface and UHD from the seen part of the true surface in units of its longest side "
+        "(`genmed.shape_metrics`)."
+    )
+
+
+def _section(title: str, rows: Sequence[Row], kinds: Sequence[str], columns: Sequence[str]) -> str:
+    tables = [f"### {name}\n\n{score_table(rows, kinds, columns, key)}" for key, (name, _, _) in METRICS.items()]
+    return "\n".join([f"## {title}\n", *tables])
+
+
+def score_table(rows: Sequence[Row], kinds: Sequence[str], columns: Sequence[str], metric: str) -> str:
+    """Kinds of cues by methods: means with intervals, the best in bold, and the mean over all kinds."""
+    _, digits, less = METRICS[metric]
+    lines = ["| cue | " + " | ".join(METHODS[name].title for name in columns) + " |", "|---" * (1 + len(columns)) + "|"]
+    for title, chosen in [*((kind, [kind]) for kind in kinds), *([("mean of all", list(kinds))] * (len(kinds) > 1))]:
+        found = {name: [row for row in rows if row.kind in chosen and row.method == name] for name in columns}
+        means = {name: macro_mean(mine, [getattr(row, metric) for row in mine]) for name, mine in found.items()}
+        best = (min if less else max)(means.values())
+        cells = [_cell(mine, [getattr(row, metric) for row in mine], digits) for mine in found.values()]
+        cells = [f"**{c}**" if mean == best else c for c, mean in zip(cells, means.values(), strict=True)]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def difference_table(rows: Sequence[Row], kinds: Sequence[str], columns: Sequence[str]) -> str:
+    """Ours against the best peer of every row, which is chosen on that row, and against `RIVALS`."""
+    peers = [name for name in columns if name not in OURS]
+    lines = ["| cue | ours | against | difference | p |", "|---|---|---|---|---|"]
+    for kind in kinds:
+        by = {name: {row.shape: row for row in rows if row.kind == kind and row.method == name} for name in columns}
+        means = {name: macro_mean(list(d.values()), [row.dice for row in d.values()]) for name, d in by.items()}
+        best = [max(peers, key=lambda name: means[name])] if peers else []
+        for ours in [name for name in columns if name in OURS]:
+            for other in dict.fromkeys([*best, *(name for name in RIVALS if name in peers)]):
+                mine = list(by[ours].values())
+                change = np.array([row.dice - by[other][row.shape].dice for row in mine])
+                p = signed_rank_p(change, [row.subject for row in mine])
+                name = METHODS[other].title + (" (best)" if other in best else "")
+                lines.append(f"| {kind} | {METHODS[ours].title} | {name} | {_cell(mine, change, 3, '+')} | {p:.2g} |")
+    lines += ["", "p: Wilcoxon signed-rank test of the means of persons, two-sided, not corrected."]
+    return "\n".join(lines) + "\n"
+
+
+def macro_weights(rows: Sequence[Row]) -> Float[np.ndarray, " n"]:
+    """1 / (rows of the same category and source): every category counts the same."""
+    counts = Counter((row.source, row.category) for row in rows)
+    return np.array([1 / counts[row.source, row.category] for row in rows])
+
+
+def macro_mean(rows: Sequence[Row], values: Sequence[float] | np.ndarray) -> float:
+    """Mean of the categories' means."""
+    return float(np.average(values, weights=macro_weights(rows)))
+
+
+def _cell(rows: Sequence[Row], values: Sequence[float] | np.ndarray, digits: int, sign: str = "") -> str:
+    groups = [row.subject for row in rows]
+    low, high = bootstrap_interval(values, groups=groups, weights=macro_weights(rows))
+    mean, low_text, high_text = (f"{x:{sign}.{digits}f}" for x in (macro_mean(rows, values), low, high))
+    return f"{mean} [{low_text}, {high_text}]"
+
+
+def _times(rows: Sequence[Row], columns: Sequence[str]) -> str:
+    medians = {name: np.median([row.seconds for row in rows if row.method == name]) for name in columns}
+    return "Seconds a shape, median: " + ", ".join(f"{METHODS[n].title} {s:.1f}" for n, s in medians.items()) + "."
+
+
+def draw_table(out: Path, rows: Sequence[Row], kinds: Sequence[str], columns: Sequence[str]) -> None:
+    """Dice with intervals as table.svg and table.png: a line per kind of cue, a dot per method, open for peers."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 1.6 + (0.2 + 0.11 * len(columns)) * len(kinds)), layout="constrained")
+    axes = figure.subplots()
+    for number, method in enumerate(columns):
+        height = np.arange(len(kinds)) + 0.7 * ((number + 0.5) / len(columns) - 0.5)
+        for at, kind in zip(height, kinds, strict=True):
+            mine = [row for row in rows if row.kind == kind and row.method == method]
+            values = [row.dice for row in mine]
+            mean = macro_mean(mine, values)
+            limits = bootstrap_interval(values, groups=[r.subject for r in mine], weights=macro_weights(mine))
+            axes.errorbar(
+                mean, at, xerr=np.abs(np.array(limits)[:, None] - mean), fmt="o", markersize=4, linewidth=1.2,
+                color=f"C{number}", markerfacecolor=f"C{number}" if method in OURS else "white",
+                label=METHODS[method].title if kind == kinds[0] else None,
+            )  # fmt: skip
+    axes.hlines(np.arange(len(kinds) - 1) + 0.5, 0, 1, color="0.9", linewidth=0.8, transform=axes.get_yaxis_transform())
+    axes.set_yticks(np.arange(len(kinds)), list(kinds))
+    axes.set(ylim=(len(kinds) - 0.5, -0.5), xlabel="Dice, mean of categories [95 % interval]")
+    axes.grid(axis="x", alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    save_figure(figure, out, PICTURE)

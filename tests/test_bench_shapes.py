@@ -1,0 +1,292 @@
+"""`genmed bench shapes`: choice of shapes, scores, resuming, tables; and the generation table."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from test_cli import failed_in_one_line
+from tiny_shapes import write_shapes
+from typer.testing import CliRunner
+
+from genmed.bench import generation, shape_solvers, shapes
+from genmed.bench.cases import stratified
+from genmed.bench.cues import KINDS, draw_cue
+from genmed.bench.generation import Drawn, rank_correlations, reconstructions, retrieval
+from genmed.bench.shape_solvers import METHODS, PCA_CHOICES, Lab, Solver, chosen_pca, solvers
+from genmed.bench.shapes import Row, chosen_shapes, macro_mean, read_rows, run, score, write_rows
+from genmed.cli import app
+from genmed.data.shapes import ShapeDataset, read_shapes
+from genmed.errors import GenMedError
+from genmed.metrics import bootstrap_interval
+from genmed.shape import Shape
+from genmed.shape_model import load_shapes
+from genmed.train_shapes import train_shapes
+
+QUICK = {"sided": (False,), "modes": (8, 4), "prior": (1.0,), "kept": (1,)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny set: spleens from another source, three of each category for the report, femurs unseen."""
+    folder = write_shapes(tmp_path_factory.mktemp("shapes") / "set", 12)
+    path = folder / "index.parquet"
+    lines = pyarrow.parquet.read_table(path).to_pylist()
+    for line in lines:
+        number = int(line["id"].split("-")[1])
+        line["part"] = "report" if 9 <= number < 12 else line["part"]
+        line["part"] = "unseen" if line["category"] == "femur" else line["part"]
+        line["source"] = "other" if line["category"] == "spleen" else "made"
+        line["captions"] = [f"left {line['category']}", f"left {line['category']}, {line['extent_mm'] or 0:.0f} ml"]
+        line["volume_ml"] = line["extent_mm"]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(lines), path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(folder: Path) -> ShapeDataset:
+    return read_shapes(folder)
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("model") / "tiny"
+    return train_shapes(folder, out, steps=160, modes=12, width=64, blocks=2, batch=48)
+
+
+# Which shapes ---------------------------------------------------------------------------------------------
+
+
+def test_every_category_of_every_source_comes_before_any_comes_twice(data: ShapeDataset) -> None:
+    for count in (1, 2, 3, 6, 99):
+        chosen = stratified(data, "report", count)
+        assert chosen == stratified(data, "report", count) and len(set(chosen)) == len(chosen) == min(count, 6)
+    names = [data.rows[i].category for i in stratified(data, "report", 6)]
+    assert set(names[:2]) == {"kidney", "spleen"} and names.count("kidney") == 3
+    with_unseen = chosen_shapes(data, "report", 6)
+    assert [data.rows[i].category for i in with_unseen[6:]] == ["femur", "femur"]
+    assert all(data.rows[i].part == "tune" for i in chosen_shapes(data, "tune", 9))
+
+
+@pytest.mark.parametrize(("part", "count"), [("train", 5), ("report", 0)])
+def test_other_parts_and_no_shapes_are_refused(data: ShapeDataset, part: str, count: int) -> None:
+    with pytest.raises(GenMedError, match=r"choose tune or report|1 or more"):
+        chosen_shapes(data, part, count)
+
+
+# Scores ---------------------------------------------------------------------------------------------------
+
+
+def test_scores_of_the_truth_and_of_worse_ones_are_in_order(data: ShapeDataset) -> None:
+    truth = data.shape(0)
+    cue, seen = draw_cue(truth, "three planes", 0), np.ones(truth.sdf.shape, bool)
+    exact = score([truth], truth, seen, cue)
+    moved = replace(truth, origin_mm=tuple(o + 2 * truth.voxel_mm for o in truth.origin_mm))
+    worse = score([moved], truth, seen, cue)
+    assert exact.dice == exact.nsd == 1.0 and 0 < exact.cd < 1 and exact.uhd < 12  # samples of one surface differ
+    assert worse.dice < 0.8 and worse.cd > 3 * exact.cd and worse.uhd > exact.uhd and worse.nsd < 0.9
+
+
+def test_what_lies_beyond_the_truths_cube_counts(data: ShapeDataset) -> None:
+    truth = data.shape(0)
+    cue = draw_cue(truth, "three planes", 0)
+    seen = np.ones(truth.sdf.shape, bool)
+    centre = np.array(truth.origin_mm) + truth.voxel_mm * 7.5
+    scores = []
+    for factor in (1.5, 2.0):
+        voxel_mm = factor * truth.voxel_mm
+        grown = Shape(truth.sdf, voxel_mm, tuple((centre - voxel_mm * 7.5).tolist()))
+        scores.append(score([grown], truth, seen, cue))
+    exact = [2 / (1 + factor**3) for factor in (1.5, 2.0)]
+    np.testing.assert_allclose([s.dice for s in scores], exact, atol=0.02)
+    assert scores[1].cd > scores[0].cd > 0
+
+
+def test_a_prediction_of_nothing_has_scores(data: ShapeDataset) -> None:
+    truth = data.shape(0)
+    nothing = replace(truth, sdf=np.full_like(truth.sdf, 127))
+    found = score([nothing], truth, np.ones(truth.sdf.shape, bool), draw_cue(truth, "one plane", 0))
+    assert found.dice == found.nsd == 0.0 and found.cd > 1 and found.uhd > 20
+
+
+def test_uhd_asks_only_for_what_was_seen(data: ShapeDataset) -> None:
+    truth, n = data.shape(0), data.size
+    half = np.indices((n,) * 3)[2] < n // 2
+    cut = replace(truth, sdf=np.where(half, truth.sdf, 127).astype(np.int8))
+    cue = draw_cue(truth, "half missing", 0)
+    below = np.indices(half.shape)[2] < 6
+    far, near = (score([cut], truth, seen, cue).uhd for seen in (np.ones_like(half), below))
+    assert near < 12 < far
+
+
+# Means ----------------------------------------------------------------------------------------------------
+
+
+def rows_of(values: dict[str, list[float]], method: str = "genmed") -> list[Row]:
+    return [
+        Row("report", f"{category}-{k}", "one plane", method, "k", "made", category, f"s{k}", value, 1, 2, 0.5, 0.1)
+        for category, each in values.items()
+        for k, value in enumerate(each)
+    ]
+
+
+def test_categories_count_the_same_however_many_shapes_they_have() -> None:
+    rows = rows_of({"a": [1.0] * 9, "b": [0.0]})
+    assert macro_mean(rows, [row.dice for row in rows]) == pytest.approx(0.5)
+
+
+def test_weights_of_a_bootstrap_are_those_of_repeated_values() -> None:
+    values, weights = [0.1, 0.5, 0.9, 0.4], [1, 2, 1, 3]
+    groups = ["a", "b", "c", "d"]
+    repeated = [v for v, w in zip(values, weights, strict=True) for _ in range(w)]
+    same = [g for g, w in zip(groups, weights, strict=True) for _ in range(w)]
+    assert bootstrap_interval(values, groups=groups, weights=weights) == pytest.approx(
+        bootstrap_interval(repeated, groups=same)
+    )
+
+
+def test_rows_come_back_to_the_last_digit(tmp_path: Path) -> None:
+    rows = [row._replace(dice=1 / 3, shape='a, "b"') for row in rows_of({"a": [0.1]})]
+    write_rows(tmp_path / "shapes.csv", rows)
+    assert list(read_rows(tmp_path / "shapes.csv").values()) == rows
+    (tmp_path / "shapes.csv").write_text("something,else\n1,2\n")
+    with pytest.raises(GenMedError, match="no table of this benchmark"):
+        read_rows(tmp_path / "shapes.csv")
+
+
+def test_the_best_peer_is_told_apart_from_the_others() -> None:
+    rows = rows_of({"a": [0.8, 0.9]}) + rows_of({"a": [0.7, 0.8]}, "pca") + rows_of({"a": [0.3, 0.2]}, "nearest")
+    table = shapes.difference_table(rows, ["one plane"], ["genmed", "pca", "nearest"])
+    assert "PCA + GP, category told (best) | +0.100 [+0.100, +0.100]" in table and "nearest" not in table
+    scores = shapes.score_table(rows, ["one plane"], ["genmed", "pca", "nearest"], "dice")
+    assert "| one plane | **0.850 [0.800, 0.900]** |" in scores
+
+
+# The command ----------------------------------------------------------------------------------------------
+
+
+def test_a_run_goes_on_where_it_was_killed(
+    folder: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"kinds": ["three planes", "noisy points"], "methods": ["genmed", "interpolation", "nearest"], "count": 2}
+    calls: list[str] = []
+
+    def counted(lab: Lab, columns: list[str]) -> dict[str, Solver]:
+        def solver(name: str, solver: Solver) -> Solver:
+            def complete(cue, row):  # type: ignore[no-untyped-def]
+                calls.append(name)
+                if len(calls) == 5:
+                    raise KeyboardInterrupt
+                return solver.complete(cue, row)
+
+            return replace(solver, complete=complete)
+
+        return {name: solver(name, each) for name, each in solvers(lab, columns).items()}
+
+    monkeypatch.setattr(shapes, "solvers", counted)
+    monkeypatch.setattr(shape_solvers, "SAMPLES", 1)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, model, tmp_path / "runs", tmp_path / "out", **options)
+    first = list(read_rows(tmp_path / "out" / "shapes.csv").values())
+    assert len(first) == 4 and not (tmp_path / "out" / "table.md").exists()
+    text = run(folder, model, tmp_path / "runs", tmp_path / "out", **options)
+    again = read_rows(tmp_path / "out" / "shapes.csv")
+    assert len(calls) == 1 + 18 and len(again) == 18  # two shapes and an unseen one
+    assert [again[row.place] for row in first] == first
+    for words in ("# Completion of shapes, report part", "## made: mean", "## other: mean", "Unseen structure: femur"):
+        assert words in text
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"shapes.csv", "table.md", "table.svg", "table.png"}
+    assert run(folder, model, tmp_path / "runs", tmp_path / "out", **options) == text and len(calls) == 19
+
+
+def test_settings_of_the_statistical_model_are_chosen_once(
+    folder: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shape_solvers, "PCA_CHOICES", QUICK)
+    monkeypatch.setattr(shape_solvers, "TUNE_KINDS", ("three planes",))
+    lab = Lab(read_shapes(folder), load_shapes(model), tmp_path)
+    settings, note = chosen_pca(lab)
+    assert settings.modes in QUICK["modes"] and "tune part" in note
+    kept = json.loads((tmp_path / "pca.json").read_text())
+    kept["settings"]["modes"] = 3
+    (tmp_path / "pca.json").write_text(json.dumps(kept))
+    assert chosen_pca(lab)[0].modes == 3
+    monkeypatch.setattr(shape_solvers, "TUNE_KINDS", ("one plane",))
+    assert chosen_pca(lab)[0].modes != 3
+    assert set(PCA_CHOICES) == set(QUICK)
+
+
+def test_what_is_told_is_left_out_where_it_is_unknown(data: ShapeDataset) -> None:
+    assert {name for name, method in METHODS.items() if method.told} == {"genmed-text", "pca"}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--part", "train"], ["--part train", "tune or report"]),
+        (["--kinds", "seven planes"], ["--kinds seven planes", KINDS[0]]),
+        (["--methods", "genmed,magic"], ["--methods magic", "pca"]),
+        (["--cases", "0"], ["--cases 0"]),
+        (["--table", "chairs"], ["--table chairs", "generation"]),
+        (["--table", "generation", "--cases", "1"], ["--cases 1", "2 shapes"]),
+        (["--table", "generation", "--methods", "pca"], ["--methods pca", "replay"]),
+        (["--shapes", "nowhere"], ["nowhere"]),
+    ],
+)
+def test_bad_options_give_one_line_and_no_file(
+    folder: Path, model: Path, tmp_path: Path, options: list[str], words: list[str]
+) -> None:
+    runs, out = str(tmp_path / "r"), str(tmp_path / "o")
+    chosen = {"--shapes": str(folder), "--model": str(model), "--runs": runs, "--out": out}
+    chosen |= dict(zip(options[::2], options[1::2], strict=True))
+    result = CliRunner().invoke(app, ["bench", "shapes", *(word for pair in chosen.items() for word in pair)])
+    failed_in_one_line(result, *words)
+    assert not list(tmp_path.iterdir())
+
+
+# Generation -----------------------------------------------------------------------------------------------
+
+
+def test_volumes_rank_with_what_captions_state(data: ShapeDataset) -> None:
+    shape = data.shape(0)
+    sizes = [1.0, 2.0, 3.0, 10.0, 11.0, 12.0]
+    made = [replace(shape, voxel_mm=size) for size in sizes]
+    names = ["a"] * 3 + ["b"] * 3
+    same = Drawn(made, np.array(sizes) ** 3)
+    assert rank_correlations(same, names) == pytest.approx((1.0, 1.0))
+    swapped = Drawn(made, np.array([3.0, 2, 1, 30, 20, 10]))  # between categories right, within them wrong
+    every, within = rank_correlations(swapped, names)
+    assert every > 0.4 and within < -0.8
+    assert np.isnan(rank_correlations(Drawn(made, np.full(6, np.nan)), names)).all()
+
+
+def test_the_generation_table_tells_copies(folder: Path, model: Path, tmp_path: Path) -> None:
+    options = {"count": 4, "methods": ["genmed-held-out", "replay", "reference"]}
+    text = generation.run(folder, model, tmp_path, **options)
+    rows = {row.method: row for row in generation.read_rows(tmp_path / "generation.csv")}
+    itself, copies = rows["reference"], rows["replay"]
+    assert itself.cov == 100 and itself.one_nna == 0 and itself.mmd < rows["genmed-held-out"].mmd
+    assert copies.nearest < itself.nearest and np.isnan(copies.rank)
+    assert "Shape to text" in text and "| mean | |" in text
+    before = (tmp_path / "generation.csv").read_bytes()
+    assert generation.run(folder, model, tmp_path, **options) == text
+    assert (tmp_path / "generation.csv").read_bytes() == before
+
+
+def test_names_are_found_from_shapes_better_than_by_chance(data: ShapeDataset, model: Path) -> None:
+    first, reciprocal, names = retrieval(load_shapes(model), data, range(len(data)))
+    assert names == 3 and 1 / 3 < first <= 1 and first <= reciprocal <= 1
+
+
+def test_reconstruction_is_told_by_category(data: ShapeDataset, model: Path) -> None:
+    found = reconstructions(load_shapes(model), data, data.part("report"))
+    assert set(found) == {("made", "kidney"), ("other", "spleen")}
+    assert all(dice > 0.8 and 0 < distance < 1 for dice, distance in found.values())
+    blind = load_shapes(model)
+    blind.autoencoder.mean.fill_(1.0)
+    blind.autoencoder.modes.fill_(0.0)
+    nothing = reconstructions(blind, data, data.part("report"))
+    assert all(dice == 0 and distance > 1 for dice, distance in nothing.values())

@@ -1,0 +1,291 @@
+"""Peers that complete shapes: exact answers, and nothing seen of what was not shown."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial import cKDTree
+from test_shape import dice
+from tiny_shapes import RADII, ellipsoid, ellipsoid_distance, write_shapes
+
+from genmed.bench import shape_conditioned
+from genmed.bench.cues import KINDS, draw_cue
+from genmed.bench.shape_conditioned import (
+    UNSEEN,
+    Conditioned,
+    ConditionedLoss,
+    Network,
+    conditioned,
+    draw_batch,
+    drawn_cues,
+    in_box,
+    in_world,
+    picture_of,
+)
+from genmed.bench.shape_peers import (
+    Interpolation,
+    PcaSettings,
+    Statistical,
+    gauss_newton,
+    gaussian_model,
+    nearest,
+    spline,
+    statistical,
+    thinned,
+    truncated,
+    with_sides,
+)
+from genmed.cue import Cue, cue_of_labels
+from genmed.data.shapes import ShapeDataset, read_shapes
+from genmed.errors import GenMedError
+from genmed.nets.autoencoder import principal_components
+from genmed.pose import first_poses
+from genmed.shape import Shape, decode, encode
+from genmed.shape_model import ShapeModel, ShapePlan, build_shapes_model
+from genmed.tasks.complete import Completion
+from genmed.volume import Grid
+
+SIDE = 32
+
+
+def ellipsoids(count: int, seed: int = 0) -> tuple[torch.Tensor, np.ndarray]:
+    """Distances of kidneys of the tiny set, and the logarithms of their voxels."""
+    rng = np.random.default_rng(seed)
+    made = [ellipsoid(np.array(RADII["kidney"]) * np.exp(rng.normal(0, 0.15, 3)) * 55, SIDE) for _ in range(count)]
+    return torch.from_numpy(np.stack([decode(sdf) for sdf, _ in made]))[:, None], np.log([mm for _, mm in made])
+
+
+@pytest.fixture(scope="module")
+def gaussian() -> ShapeModel:
+    x, log_mm = ellipsoids(14)
+    return gaussian_model(x, log_mm, torch.ones(len(x)), SIDE)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> ShapeDataset:
+    return read_shapes(write_shapes(tmp_path_factory.mktemp("shapes") / "set"))
+
+
+def overlap(found: tuple[Shape, ...], truth: Shape) -> float:
+    inside = Completion(found, 0.0, None, 0.0, 0).distance_mm(truth.grid) < 0
+    return dice(inside, truth.sdf < 0)
+
+
+def whole_cue(shape: Shape, seen: np.ndarray | None = None) -> Cue:
+    return cue_of_labels(shape.sdf < 0, shape.grid.affine, seen)
+
+
+def exact_cue(shape: Shape) -> Cue:
+    """The signed distance itself, wherever it is not truncated."""
+    near = np.argwhere(np.abs(shape.distance) < 3)
+    d = shape.distance[tuple(near.T)] * shape.voxel_mm
+    return replace(whole_cue(shape), points_mm=near * shape.voxel_mm + shape.origin_mm, lower_mm=d, upper_mm=d)
+
+
+def kidney(centre: tuple[float, float, float] = (30.0, -12.0, 5.0)) -> Shape:
+    sdf, voxel_mm = ellipsoid(np.array(RADII["kidney"]) * np.array([1.1, 0.9, 1.0]) * 55, SIDE)
+    return Shape(sdf, voxel_mm, centre)
+
+
+# Statistical models ---------------------------------------------------------------------------------------
+
+
+def test_a_shape_of_the_pca_space_is_given_back_from_a_dense_cue(gaussian: ShapeModel) -> None:
+    codes = torch.randn(3, gaussian.plan.modes, generator=torch.Generator().manual_seed(1))
+    for volume in gaussian.autoencoder.decode(codes):
+        truth = Shape(encode(volume[0].numpy()), 3.7, (-40.0, 10.0, 25.0))
+        found = Statistical({("", ""): gaussian}, PcaSettings(prior=0.01)).complete(exact_cue(truth), None)
+        assert overlap(found, truth) > 0.985
+        rough = Statistical({("", ""): gaussian}, PcaSettings()).complete(whole_cue(truth), None)
+        assert overlap(rough, truth) > 0.9  # voxels know the surface to half of one
+
+
+def test_a_step_of_gauss_newton_never_makes_the_fit_worse(gaussian: ShapeModel) -> None:
+    cue = thinned(whole_cue(kidney()), 300, 0)
+    poses = first_poses(cue, SIDE, 3)
+    zero = torch.zeros(3, gaussian.plan.modes)
+    costs = [gauss_newton(gaussian, cue, 1.0, poses, zero, steps).cost for steps in (0, 2, 6)]
+    assert (costs[1] <= costs[0]).all() and (costs[2] <= costs[1]).all() and (costs[2] < costs[0]).any()
+
+
+def test_fewer_modes_are_the_first_ones(gaussian: ShapeModel) -> None:
+    few = truncated(gaussian, 2)
+    codes = torch.tensor([[0.5, -1.0]])
+    longer = torch.nn.functional.pad(codes, (0, gaussian.plan.modes - 2))
+    torch.testing.assert_close(few.autoencoder.decode(codes), gaussian.autoencoder.decode(longer))
+    assert truncated(gaussian, 500) is gaussian
+
+
+def test_the_right_category_is_found_among_all(data: ShapeDataset) -> None:
+    models = statistical(data, sided=False)
+    assert set(models.models) == {("kidney", ""), ("femur", ""), ("spleen", ""), ("", "")}
+    for i in data.part("tune"):
+        truth = data.shape(i)
+        found = models.complete(whole_cue(truth), None)
+        assert overlap(found, truth) > 0.85, data.ids[i]
+
+
+def test_points_of_a_surface_get_bounds_on_either_side(gaussian: ShapeModel) -> None:
+    truth = kidney()
+    cue = draw_cue(truth, "noisy points", 3)
+    sided = with_sides(cue)
+    new = slice(len(cue.points_mm), None)
+    index = np.rint((sided.points_mm[new] - truth.origin_mm) / truth.voxel_mm).astype(int).clip(0, SIDE - 1)
+    sign = np.where(truth.sdf[tuple(index.T)] < 0, -1, 1)
+    exact = sign * cKDTree(truth.to_mesh().vertices).query(sided.points_mm[new])[0]
+    inside = sided.upper_mm[new] <= 0
+    assert inside.any() and (~inside).any() and (inside == (exact < 0)).mean() > 0.95
+    assert ((sided.lower_mm[new] <= exact) & (exact <= sided.upper_mm[new])).mean() > 0.85
+    found = Statistical({("", ""): gaussian}, PcaSettings(prior=3.0)).complete(cue, None)
+    assert overlap(found, truth) > 0.85
+    dense = whole_cue(truth)
+    assert with_sides(dense) is dense
+
+
+# Interpolation and the nearest shape ----------------------------------------------------------------------
+
+
+def test_interpolation_gives_back_an_ellipsoid_from_dense_planes() -> None:
+    radii, index = np.array([10.0, 12.0, 15.0]), np.moveaxis(np.indices((40, 40, 40)), 0, -1)
+    inside = ellipsoid_distance(radii, index - [19.3, 20.1, 19.8]) < 0
+    seen = np.zeros_like(inside)
+    seen[:, :, ::3] = True
+    found = Interpolation().complete(cue_of_labels(inside, np.eye(4), seen), None)
+    grid = Grid((40, 40, 40), np.eye(4))
+    assert dice(Completion(found, 0.0, None, 0.0, 0).distance_mm(grid) < 0, inside) > 0.95
+
+
+def test_interpolation_meets_what_was_seen() -> None:
+    cue = whole_cue(kidney(), np.indices((SIDE,) * 3)[2] % 4 == 0)
+    values = spline(cue)(cue.points_mm)
+    sure = np.maximum(np.abs(cue.lower_mm), np.abs(cue.upper_mm)) > cue.voxel_mm
+    assert ((values < 0) == (cue.upper_mm <= 0))[sure].mean() > 0.99
+
+
+def test_a_training_shape_is_its_own_nearest(data: ShapeDataset) -> None:
+    peer = nearest(data)
+    for i in data.part("train")[::7]:
+        moved = Shape(data.stored(i), data.rows[i].voxel_mm, (400.0, -30.0, 7.0))
+        (found,) = peer.complete(whole_cue(moved), None)
+        assert overlap((found,), moved) > 0.9
+        told = peer.complete(whole_cue(moved), (data.rows[i].category, "left"))
+        np.testing.assert_array_equal(told[0].sdf, found.sdf)
+
+
+# The conditioned diffusion --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ours(data: ShapeDataset) -> ShapeModel:
+    """An untrained model of ours: the peer takes its autoencoder and its size."""
+    x = torch.stack([torch.from_numpy(data.sdf(i)) for i in data.part("train")])[:, None]
+    autoencoder = principal_components(x.flatten(1).clone(), torch.ones(len(x)), 12)
+    plan = ShapePlan("tiny", {"kidney": ("left",)}, 16, 16, len(autoencoder.modes), 4, 64, 2, 2.0, 0.7, batch=48)
+    model = build_shapes_model(plan)
+    model.autoencoder.load_state_dict(autoencoder.state_dict())
+    return model
+
+
+@pytest.fixture(scope="module")
+def peer(data: ShapeDataset, ours: ShapeModel, tmp_path_factory: pytest.TempPathFactory) -> tuple[Conditioned, Path]:
+    folder = tmp_path_factory.mktemp("runs") / "conditioned"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shape_conditioned, "TRAINING_STEPS", 250)
+        return conditioned(data, ours, folder, 10.0, lambda peer: -peer.guidance, count=240), folder
+
+
+def test_a_trained_peer_completes_and_is_not_trained_again(
+    peer: tuple[Conditioned, Path], data: ShapeDataset, ours: ShapeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained, folder = peer
+    assert trained.steps == 250 and trained.guidance == 1.0
+    truth = data.shape(data.part("tune")[0])
+    cue = draw_cue(truth, "box missing", 0)
+    found = trained.complete(cue, 2)
+    untrained = Network(ours.plan.modes, ours.plan.width, ours.plan.blocks).eval()
+    blank = Conditioned(ours, untrained, 1.0, 0.0, 0, "")
+    assert overlap(found, truth) > max(0.5, overlap(blank.complete(cue, 2), truth))
+    assert overlap(trained.complete(cue, 2, gp=True), truth) > overlap(found, truth)
+    monkeypatch.setattr(shape_conditioned, "fit", None)
+    again = conditioned(data, ours, folder, 10.0, lambda peer: 1 / 0)
+    assert again.sha256 == trained.sha256
+    np.testing.assert_array_equal(again.complete(cue, 2)[1].sdf, found[1].sdf)
+
+
+def test_a_training_that_ended_before_its_guidance_was_chosen_is_not_repeated(
+    data: ShapeDataset, ours: ShapeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shape_conditioned, "TRAINING_STEPS", 3)
+
+    def killed(peer: Conditioned) -> float:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        conditioned(data, ours, tmp_path, 10.0, killed, count=12)
+    weights = (tmp_path / "weights.safetensors").read_bytes()
+    monkeypatch.setattr(shape_conditioned, "draw_batch", None)
+    assert conditioned(data, ours, tmp_path, 10.0, lambda peer: peer.guidance, count=12).guidance == 3.0
+    assert (tmp_path / "weights.safetensors").read_bytes() == weights
+
+
+def test_another_model_is_refused(peer: tuple[Conditioned, Path], data: ShapeDataset, ours: ShapeModel) -> None:
+    with pytest.raises(GenMedError, match="other shapes or another model"):
+        conditioned(data, replace(ours, sha256="another"), peer[1], 1.0, lambda peer: 0.0)
+
+
+def test_a_box_and_back(data: ShapeDataset) -> None:
+    shape = data.shape(3)
+    for kind in KINDS:
+        cue = draw_cue(shape, kind, 1)
+        pose = in_world(torch.from_numpy(in_box(cue, shape))[None].float(), cue, data.size)[0]
+        centre = np.array(shape.origin_mm) + shape.voxel_mm * (data.size - 1) / 2
+        np.testing.assert_allclose(pose[:3], centre, atol=0.02)
+        assert pose[3].exp().item() == pytest.approx(shape.voxel_mm, rel=1e-4)
+
+
+def test_a_picture_shows_sides_and_what_was_not_seen(data: ShapeDataset) -> None:
+    shape = data.shape(0)
+    whole, part = (picture_of(whole_cue(shape, seen)) for seen in (None, np.indices((16,) * 3)[0] < 8))
+    assert (whole != UNSEEN).sum() > 1.5 * (part != UNSEEN).sum()
+    values = whole[whole != UNSEEN]
+    assert values.min() < -16 and values.max() == 64
+    assert abs(int(whole[8, 8, 8])) <= 64 and whole[8, 8, 8] < 0
+
+
+def test_the_cue_is_dropped_as_often_as_said(data: ShapeDataset, ours: ShapeModel, tmp_path: Path) -> None:
+    cues = drawn_cues(data, ours, tmp_path / "cues.safetensors", 24)
+    network = Network(ours.plan.modes, 32, 1)
+    seen: list[torch.Tensor] = []
+    network.encoded = lambda picture, facts, shown: seen.append(shown) or torch.zeros(len(shown), 259)  # type: ignore
+    for step in range(20):
+        ConditionedLoss(network, 40.0)(draw_batch(cues, 100, step, 0))
+    assert 0.07 < 1 - float(torch.cat(seen).mean()) < 0.13
+    first, again = (draw_batch(cues, 9, 4, 0) for _ in range(2))
+    assert torch.equal(first.picture, again.picture) and first.seed == again.seed
+
+
+# All of them ----------------------------------------------------------------------------------------------
+
+
+def test_what_was_not_seen_changes_no_answer(
+    data: ShapeDataset, peer: tuple[Conditioned, Path], gaussian: ShapeModel
+) -> None:
+    shape = data.shape(data.part("tune")[0])
+    inside, seen = shape.sdf < 0, np.zeros((16,) * 3, bool)
+    seen[7], seen[:, 8], seen[:, :, 6] = True, True, True
+    garbage = np.where(seen, inside, np.random.default_rng(0).random((16,) * 3) < 0.5)
+    first, other = (cue_of_labels(each, shape.grid.affine, seen) for each in (inside, garbage))
+    assert (garbage != inside).any()
+    near, models, network = nearest(data), statistical(data, sided=True), peer[0]
+    for complete in (
+        lambda cue: Interpolation().complete(cue, None),
+        lambda cue: near.complete(cue, None),
+        lambda cue: models.complete(cue, ("kidney", "left")),
+        lambda cue: models.complete(cue, None),
+        lambda cue: network.complete(cue, 2, gp=True),
+    ):
+        for a, b in zip(complete(first), complete(other), strict=True):
+            np.testing.assert_array_equal(a.sdf, b.sdf)
+            assert a.origin_mm == b.origin_mm and a.voxel_mm == b.voxel_mm
