@@ -44,7 +44,7 @@ def build(item: Item, size: int, unit: str = "mm") -> Built:
             mesh, notes = repair(read_mesh(item.path, unit))
             facts = item.facts
         else:
-            mask, labels, affine = _mask(item)
+            mask, labels, affine = mask_of(item)
             mesh, notes = surface_of(mask, affine), ()
             facts = item.facts + _findings(item, labels[mask], abs(float(np.linalg.det(affine[:3, :3]))))
         shape = shape_of(mesh, size)
@@ -59,7 +59,7 @@ def build(item: Item, size: int, unit: str = "mm") -> Built:
 # Label maps -----------------------------------------------------------------------------------------------
 
 
-def _mask(item: Item) -> tuple[Bool[np.ndarray, "x y z"], np.ndarray, np.ndarray]:
+def mask_of(item: Item) -> tuple[Bool[np.ndarray, "x y z"], np.ndarray, np.ndarray]:
     """The voxels of the shape, the label map and its affine. Without a scale, voxels are 1."""
     if item.array:
         labels, affine = _arrays(item.path, item.array)[item.index], np.eye(4)
