@@ -136,8 +136,8 @@ def arena(
     """Cases of a set whose persons are in neither the training nor the tuning part of the shapes."""
     met = {(row.source, row.subject) for row in shapes.rows if row.part in ("train", "tune")}
     if name == "kidneys":
-        reported = {(row.path, row.side) for row in shapes.rows if row.part == "report" and row.category == "kidney"}
-        items = {item.name: item for item in find_items(data).items if (item.place, item.side) in reported}
+        reported = {row.id for row in shapes.rows if row.part == "report" and row.category == "kidney"}
+        items = {item.name: item for item in find_items(data).items if item.name in reported}
         chosen = spread(tuple(sorted(items)), count)
         cases = {id: items[id].subject for id in chosen}
         return _filled(Arena(name, cases, completer, None, None, items), data)

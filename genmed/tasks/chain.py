@@ -3,8 +3,9 @@
     found = chain(gm.load("heart-mr"), gm.load("shapes"), scan, observed=mask)
     found.segmentation.labels.save("labels.nii.gz")
 
-Voxels that were seen and are surely inside or outside of a structure are its cue, and stay as they are. What the
-segmentation is unsure of, and slices that were never seen, are the completion's.
+Voxels that were seen and are surely inside or outside of a structure are its cue, and stay as they are. Elsewhere the
+completion has a say: alone where the segmentation knows nothing, slices that were neither seen nor restored, and else
+as much as the segmentation.
 """
 
 from __future__ import annotations
@@ -120,6 +121,7 @@ def complete_all(
     seen = np.ones(space.model.shape, bool)
     if observed is not None:
         seen = space.to_model((observed.data != 0).astype(np.float32))[0] > SEEN
+    informed = seen | (found.mode != "conditional")  # guided segmentations restore what was not seen
     target = space.model if grid == "input" else divided(space.model)
     chances: dict[tuple[int, ...], np.ndarray] = {}
     facts: dict[str, dict[str, Any]] = {}
@@ -128,8 +130,8 @@ def complete_all(
         channels = tuple(plan.labels.index(name) for name in structure.labels)
         try:
             made, chances[channels] = completed(
-                completer, soft.data[list(channels)].sum(axis=0), seen, soft.affine, structure.text, target,
-                samples=shapes, seed=seed,
+                completer, soft.data[list(channels)].sum(axis=0), seen, soft.affine, structure.text,
+                informed=informed, target=target, samples=shapes, seed=seed,
             )  # fmt: skip
         except (GenMedError, Diverged) as error:
             notes.append(f"{structure.name}: not completed, its segmentation is kept ({error})")
@@ -159,26 +161,30 @@ def completed(
     seen: Bool[np.ndarray, "x y z"],
     affine: Float[np.ndarray, "4 4"],
     text: str,
-    target: Grid | None = None,
     *,
+    informed: Bool[np.ndarray, "x y z"] | None = None,
+    target: Grid | None = None,
     samples: int = 4,
     seed: int = 0,
 ) -> tuple[Completion, Float[np.ndarray, "X Y Z"]]:
     """Complete one structure from the probability of its voxels, and its probability on the target grid.
 
-    Where `chance` was seen and is sure it stays; elsewhere it is the share of completed shapes that a voxel lies in.
-    Raises `GenMedError` where nothing is surely inside.
+    Where `chance` was seen and is sure, it stays. Elsewhere it is the share of completed shapes that a voxel lies in
+    or, where the segmentation is `informed` (default: where it was seen), the mean of both. Raises `GenMedError` where
+    nothing is surely inside.
     """
     from genmed.text import embed
 
+    informed = seen if informed is None else informed
     sure = seen & (np.abs(chance - 0.5) >= TRUST - 0.5)
     cue = cue_of_labels(chance > 0.5, affine, sure, seed=seed)
     found = complete(model, cue, text=embed([text])[0], samples=samples, seed=seed)
     x, y, z = chance.shape
-    source = Grid((x, y, z), affine)
-    target = target or source
-    before, kept = on_grid(Volume(np.stack([chance, sure]).astype(np.float32), affine), target, order=1)
-    return found, np.where(kept > 1 - 1e-6, before, found.probability(target))
+    target = target or Grid((x, y, z), affine)
+    layers = Volume(np.stack([chance, sure, informed]).astype(np.float32), affine)
+    before, kept, has_a_say = on_grid(layers, target, order=1)
+    drawn = found.probability(target)
+    return found, np.where(kept > 1 - 1e-6, before, drawn + has_a_say / 2 * (before - drawn))
 
 
 def joined(
@@ -262,16 +268,23 @@ def structures_of(
         wanted = [*unions, *((name,) for name in names if name not in inside)]
     structures, notes = [], []
     for part in wanted:
-        words = text or texts.get(part) or " ".join(part)
+        words = text or texts.get(part) or " ".join(map(_in_words, part))
         if understand(words, known) is None:
-            what = "+".join(part) if words in part else f"{'+'.join(part)} ({words})"
             notes.append(
-                f"{what}: the completion model knows no such structure, only {', '.join(known)}; its segmentation "
-                "is kept, or name it with --label and --text"
+                f"{'+'.join(part)}: the completion model knows no such structure ({words}), only {', '.join(known)}; "
+                "its segmentation is kept, or name it with --label and --text"
             )
         else:
             structures.append(Structure(part, words))
     return structures, notes
+
+
+def _in_words(label: str) -> str:
+    """kidney_left as left kidney."""
+    from genmed.data.shapes.sources import plain, sided
+
+    category, side = sided(label)
+    return f"{side} {plain(category)}".strip()
 
 
 def _usual_texts(names: Sequence[str], known: dict[str, tuple[str, ...]]) -> dict[tuple[str, ...], str]:
