@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 RESUME = {
     "segment": "run the same command again to go on: finished cases are skipped",
+    "chain": "run the same command again to go on: finished cases are skipped",
     "restore": "run the same command again to go on: finished cases are skipped",
     "translate": "run the same command again to go on: finished cases are skipped",
     "train": "run the same command with --resume to go on from the last checkpoint",
@@ -32,6 +33,7 @@ RESUME = {
 INTERRUPTED = 130
 SHOWN = (  # of a finished case
     "mode", "match", "widened", "residual", "surprise", "doubtful", "slice_thickness_mm", "seconds",
+    "completed", "notes",
 )  # fmt: skip
 
 
@@ -321,6 +323,56 @@ def segment(
         preview=preview,
     )
     outcome = segment_files(load(model), source, out, options, command=_command_line())
+    typer.echo(_json(_results(outcome)) if as_json else _segmented_text(outcome))
+    _report_failures(outcome)
+
+
+@app.command("chain")
+def chain_scans(
+    source: Source,
+    segmenter: Annotated[str, typer.Option("--segment", metavar="MODEL", help="Model of images: name or folder.")],
+    completer: Annotated[str, typer.Option("--complete", metavar="MODEL", help="Model of shapes: name or folder.")],
+    out: Annotated[Path, typer.Option(help="A .nii.gz file, or a folder.")],
+    label: Annotated[
+        str | None,
+        typer.Option(metavar="A,B+C", help="Labels to complete, + joins those of one structure; default: all known."),
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="What the one structure of --label is, in words.")] = None,
+    shapes: Annotated[int, typer.Option(help="Completed shapes to average.")] = 4,
+    mode: Annotated[str, typer.Option(help="Of the segmentation, as in `genmed segment`.")] = "auto",
+    match: Annotated[str, typer.Option(help="Of the segmentation, as in `genmed segment`.")] = "auto",
+    samples: Annotated[int | None, typer.Option(help="Segmentations to average.")] = None,
+    seed: Seed = 0,
+    grid: Annotated[
+        str, typer.Option(help="Grid of the label map: input (the scan's own) or model, thick slices divided.")
+    ] = "input",
+    roi: Roi = None,
+    observed: Observed = None,
+    slice_thickness: SliceThickness = None,
+    series: Series = None,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="Also write <case>.probabilities.nii.gz, one channel a class.")
+    ] = False,
+    preview: Annotated[bool, typer.Option("--preview", help="Also write <case>.preview.png.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Segment a degraded scan, or a folder of scans, and complete what the segmentation is unsure of.
+
+    Voxels of which the segmentation is sure stay; a model of shapes completes the rest. Structures that it does not
+    know stay as segmented, with a line that says so. Files and folders are handled as by `genmed segment`.
+    """
+    from genmed.hub import load
+    from genmed.shape_model import load_shapes
+    from genmed.tasks.chain import ChainOptions, chain_files
+
+    options = ChainOptions(
+        mode=mode, match=match, samples=samples, seed=seed, grid=grid, roi_mm=_box(roi), observed=observed,
+        slice_thickness_mm=slice_thickness, series=series, probabilities=probabilities, preview=preview,
+        label=label, text=text, shapes=shapes,
+    )  # fmt: skip
+    outcome = chain_files(load(segmenter), load_shapes(completer), source, out, options, command=_command_line())
+    for note in dict.fromkeys(note for facts in _results(outcome)["cases"].values() for note in facts["notes"]):
+        typer.echo(f"genmed: {note}", err=True)
     typer.echo(_json(_results(outcome)) if as_json else _segmented_text(outcome))
     _report_failures(outcome)
 

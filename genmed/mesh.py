@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from genmed.errors import GenMedError
 from genmed.files import write_bytes
@@ -28,14 +29,15 @@ MESH_SUFFIXES = (".stl", ".ply", ".obj", ".vtp")
 SAVE_SUFFIXES = (*MESH_SUFFIXES, ".glb")
 UNITS_MM = {"mm": 1.0, "cm": 10.0, "m": 1000.0}
 SMALLEST_MM, LARGEST_MM = 2.0, 3000.0  # longest extent of an anatomical surface; beyond it the unit must be wrong
-MAX_FACES = 50_000   # more changes distances by hundredths of a voxel of 64³ at most, and costs time
-MAX_OPEN = 0.2       # share of the surface that may be missing and is closed with flat caps
-MIN_FILLED = 1e-5    # share of the bounding cube below which a surface encloses nothing
-MAX_SPECKS = 0.05    # share of the volume that may lie in small pieces, which are then dropped
-MAX_PIECES = 3       # pieces that may be kept where none of them holds nearly everything
+MAX_FACES = 50_000  # more changes distances by hundredths of a voxel of 64³ at most, and costs time
+MAX_OPEN = 0.2  # share of the surface that may be missing and is closed with flat caps
+MIN_FILLED = 1e-5  # share of the bounding cube below which a surface encloses nothing
+MAX_SPECKS = 0.05  # share of the volume that may lie in small pieces, which are then dropped
+MAX_PIECES = 3  # pieces that may be kept where none of them holds nearly everything
 SPACE = re.compile(rb"SPACE=(RAS|LPS)")
-HEADER = 4096        # bytes at the start of a file in which its space may be named
-BLOCKS = (8, 4, 2)   # voxels along the sides of blocks that are looked at before single voxels, halved each time
+HEADER = 4096  # bytes at the start of a file in which its space may be named
+BLOCKS = (8, 4, 2, 1)  # voxels along the sides of blocks that are looked at in turn
+CLEAR = 0.55  # voxels from the surface: beyond it two neighbours are on the same side
 
 
 class Triangles(Protocol):
@@ -65,7 +67,7 @@ class Mesh:
         """Enclosed volume by the divergence theorem; negative where faces look inward."""
         return float(_volumes(self.vertices, self.faces).sum() / 1000)
 
-    @property
+    @cached_property
     def is_closed(self) -> bool:
         """Whether neighbouring faces turn the same way round and leave no hole."""
         return not len(_boundary(self.faces))
@@ -357,31 +359,68 @@ def signed_distance(mesh: Mesh, grid: Grid, limit_mm: float = np.inf) -> Float[n
     """Distance in mm of every voxel centre to the surface, negative inside, clamped to ±`limit_mm`.
 
     Inside is where the generalised winding number (Jacobson et al., SIGGRAPH 2013; fast form of Barill et al.,
-    SIGGRAPH 2018) exceeds one half, so bodies may overlap. Distances are exact; with a limit only blocks of voxels
-    that can be nearer than it are measured.
+    SIGGRAPH 2018) exceeds one half, so bodies may overlap. Distances are exact; with a limit only voxels that can be
+    nearer than it are measured.
     """
-    axes = [np.arange(n) for n in grid.shape]
-    index = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
-    points = index @ grid.affine[:3, :3].T + grid.affine[:3, 3]
-    near = np.ones(len(index), dtype=bool)
-    if np.isfinite(limit_mm):
-        near = _near(mesh, grid, limit_mm).ravel()
-    distance = np.full(len(points), limit_mm, dtype=np.float64)
-    distance[near] = np.minimum(_distance(mesh, points[near]), limit_mm)
-    inside = winding(mesh, points) > 0.5
-    return np.where(inside, -distance, distance).reshape(grid.shape).astype(np.float32)
+    near = _near(mesh, grid, limit_mm) if np.isfinite(limit_mm) else np.ones(grid.shape, dtype=bool)
+    distance = np.full(grid.shape, limit_mm, dtype=np.float64)
+    distance[near] = np.minimum(_distance(mesh, _centres(np.argwhere(near), grid)), limit_mm)
+    inside = winding_on(mesh, grid, distance) > 0.5
+    return np.where(inside, -distance, distance).astype(np.float32)
+
+
+def winding_on(
+    mesh: Mesh,
+    grid: Grid,
+    distance: Float[np.ndarray, "x y z"],
+    wanted: Bool[np.ndarray, "x y z"] | None = None,
+) -> Float[np.ndarray, "x y z"]:
+    """The winding number at voxel centres (0 where not `wanted`), given their distance to the surface in mm.
+
+    The line between neighbours that are both further than half their spacing from a closed surface does not meet it,
+    so that a connected set of such voxels shares one number. `distance` may err by a twentieth of a voxel.
+    """
+    from scipy.ndimage import label
+
+    wanted = np.ones(grid.shape, dtype=bool) if wanted is None else wanted
+    clear = wanted & (np.abs(distance) > CLEAR * max(grid.spacing_mm)) & mesh.is_closed
+    pieces, count = label(clear)
+    alone = np.flatnonzero(wanted & ~clear)
+    first = np.zeros(count + 1, dtype=np.intp)
+    first[pieces.ravel()[::-1]] = np.arange(pieces.size)[::-1]  # the last one written stays: each piece's first voxel
+    asked = np.concatenate([first[1:], alone])
+    index = np.stack(np.unravel_index(asked, grid.shape), axis=1)
+    numbers = winding(mesh, _centres(index, grid))
+    result = np.concatenate([[0.0], numbers[:count]])[pieces]
+    result.ravel()[alone] = numbers[count:]
+    return np.asarray(result)
+
+
+def _centres(index: np.ndarray, grid: Grid) -> np.ndarray:
+    """World mm of voxel indices (n, 3)."""
+    return np.ascontiguousarray(index @ grid.affine[:3, :3].T + grid.affine[:3, 3])
 
 
 def _near(mesh: Mesh, grid: Grid, limit_mm: float) -> np.ndarray:
-    """Which voxels may be nearer than the limit, by the triangle inequality from the middles of ever smaller blocks."""
+    """Which voxels may be nearer than the limit, by the triangle inequality from the middles of ever smaller blocks.
+
+    Only vertices are looked at, which takes a fraction of the time: a point's closest one on a triangle lies at a right
+    angle to a corner that is at most L/√3 from it, where L is the longest edge. With the distance s to the closest
+    vertex, d² ≥ s² − L²/3.
+    """
+    import point_cloud_utils
+
+    vertices = np.ascontiguousarray(mesh.vertices, np.float64)
+    edges = (vertices[mesh.faces] - vertices[np.roll(mesh.faces, 1, axis=1)]).reshape(-1, 3)
+    allowance = float((edges**2).sum(axis=1).max()) / 3
     near = np.ones([-(-n // BLOCKS[0]) for n in grid.shape], dtype=bool)
     for block in BLOCKS:
-        index = np.argwhere(near)
-        points = (index * block + (block - 1) / 2) @ grid.affine[:3, :3].T + grid.affine[:3, 3]
         radius_mm = np.linalg.norm(np.abs(grid.affine[:3, :3]).sum(axis=1)) * (block - 1) / 2
-        near[tuple(index.T)] = _distance(mesh, points) <= limit_mm + radius_mm
-        for axis in range(3):
-            near = near.repeat(2, axis)
+        centres = _centres(np.argwhere(near) * block + (block - 1) / 2, grid)
+        to_vertex = np.ravel(point_cloud_utils.k_nearest_neighbors(centres, vertices, 1)[0]) if len(centres) else 0
+        near[near] = to_vertex <= np.sqrt((limit_mm + radius_mm) ** 2 + allowance)
+        if block > 1:
+            near = near.repeat(2, 0).repeat(2, 1).repeat(2, 2)
     return near[tuple(slice(n) for n in grid.shape)]
 
 

@@ -12,15 +12,16 @@ import numpy as np
 from jaxtyping import Bool, Float, Int8
 
 from genmed.errors import GenMedError
-from genmed.mesh import Mesh, one_structure, signed_distance, surface, winding
+from genmed.mesh import Mesh, one_structure, signed_distance, surface, winding_on
 from genmed.volume import Grid
 
 TRUNCATION = 4.0  # voxels
-STEPS = 127       # of the stored integers from 0 to the truncation
-MARGIN = 1.25     # side of the cube over the longest extent
+STEPS = 127  # of the stored integers from 0 to the truncation
+MARGIN = 1.25  # side of the cube over the longest extent
 SIZES = (32, 64, 128)
 FEWEST_VOXELS = 64
-THICK = 3         # times the finest spacing: a stack of slices, which often ends where the structure does
+MOST_STEPS = 100  # to neighbours: with more of them a distance transform is faster
+THICK = 3  # times the finest spacing: a stack of slices, which often ends where the structure does
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,8 +95,6 @@ def surface_of(mask: Bool[np.ndarray, "x y z"], affine: Float[np.ndarray, "4 4"]
     so coarse slices do not become steps. At voxel centres nothing changes. Raises `GenMedError` for a structure
     that is empty, tiny or cut off by the border of the array; a stack of thick slices may end with the structure.
     """
-    from scipy.ndimage import distance_transform_edt
-
     if (count := int(mask.sum())) == 0:
         raise GenMedError("empty: no voxel is labelled.")
     if count < FEWEST_VOXELS:
@@ -107,11 +106,29 @@ def surface_of(mask: Bool[np.ndarray, "x y z"], affine: Float[np.ndarray, "4 4"]
         if (side.start == 0 or side.stop == n) and step_mm <= THICK * finest_mm:
             raise GenMedError("cut off: it touches the border of its volume.")
     inside = np.pad(mask[box], 1)
-    outer, inner = (distance_transform_edt(part, sampling=spacing_mm) for part in (~inside, inside))
     deep_mm = max(2 * finest_mm, coarsest_mm / 2)  # at most: or the end of a stack would close within its last slice
+    outer, inner = (_to_mask(part, spacing_mm, deep_mm) for part in (inside, ~inside))
     moved = affine.copy()
     moved[:3, 3] += affine[:3, :3] @ [side.start - 1 for side in box]
-    return one_structure(surface(np.clip(outer - inner, -deep_mm, deep_mm), moved))[0]
+    return one_structure(surface(outer - inner, moved))[0]
+
+
+def _to_mask(mask: np.ndarray, spacing_mm: np.ndarray, limit_mm: float) -> np.ndarray:
+    """Distance from every voxel to the closest one of the mask, clamped; the few steps below the limit are tried."""
+    from scipy.ndimage import distance_transform_edt
+
+    reach = np.ceil(limit_mm / spacing_mm).astype(int)
+    steps = np.stack(np.meshgrid(*[np.arange(-r, r + 1) for r in reach], indexing="ij"), axis=-1).reshape(-1, 3)
+    lengths_mm = np.linalg.norm(steps * spacing_mm, axis=1)
+    if (below := lengths_mm < limit_mm).sum() > MOST_STEPS:
+        return np.minimum(distance_transform_edt(~mask, sampling=spacing_mm), limit_mm)
+    padded = np.pad(mask, [(r, r) for r in reach])
+    distance = np.full(mask.shape, limit_mm)
+    for number in np.argsort(-lengths_mm, kind="stable"):
+        if below[number]:
+            place = tuple(slice(r + k, r + k + n) for r, k, n in zip(reach, steps[number], mask.shape, strict=True))
+            distance[padded[place]] = lengths_mm[number]
+    return distance
 
 
 def _bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
@@ -141,6 +158,6 @@ def measure(shape: Shape, mesh: Mesh) -> Measures:
     points = np.argwhere(shape.sdf < 0).astype(np.float64)
     covariance = np.cov(points, rowvar=False) if len(points) > 1 else np.zeros((3, 3))
     third, second, first = np.sqrt(np.linalg.eigvalsh(covariance + np.eye(3) / 12))  # 1/12: a voxel's own
-    depth = np.rint(winding(mesh, points * shape.voxel_mm + shape.origin_mm))
+    depth = np.rint(winding_on(mesh, shape.grid, shape.distance * shape.voxel_mm, shape.sdf < 0))
     again_ml = float(np.maximum(depth - 1, 0).sum()) * shape.voxel_mm**3 / 1000
     return Measures(mesh.volume_ml - again_ml, mesh.extent_mm, float(first / second), float(second / third))

@@ -9,7 +9,7 @@ import pytest
 from test_cli import failed_in_one_line
 from test_mesh import ball
 from test_shape import AFFINES, dice
-from tiny_shapes import EXTENT_MM, RADII, ellipsoid_distance, write_shapes
+from tiny_shapes import EXTENT_MM, RADII, ellipsoid_distance
 from typer.testing import CliRunner, Result
 
 import genmed as gm
@@ -20,7 +20,6 @@ from genmed.mesh import Mesh, read_mesh, save_mesh
 from genmed.shape_model import ShapeModel, load_shapes
 from genmed.tasks.shapes import parse_planes
 from genmed.text import embed
-from genmed.train_shapes import train_shapes
 from genmed.volume import Volume
 
 TRIPLE = "axial=14,coronal=18,sagittal=17"
@@ -31,10 +30,8 @@ def genmed(*arguments: object) -> Result:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("model")
-    data = write_shapes(root / "set")
-    return train_shapes(data, root / "tiny", steps=400, modes=24, width=96, blocks=2, batch=48)
+def folder(tiny_shapes_model: Path) -> Path:
+    return tiny_shapes_model
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genmed.errors import GenMedError
-from genmed.mesh import SAVE_SUFFIXES, Mesh, read_mesh, repair, save_mesh, signed_distance, surface
+from genmed.mesh import SAVE_SUFFIXES, Mesh, _distance, read_mesh, repair, save_mesh, signed_distance, surface, winding
 from genmed.volume import Grid
 
 
@@ -30,6 +30,10 @@ def together(*meshes: Mesh) -> Mesh:
     starts = np.cumsum([0, *(len(mesh.vertices) for mesh in meshes)])
     faces = [mesh.faces + start for mesh, start in zip(meshes, starts, strict=False)]
     return Mesh(np.concatenate([mesh.vertices for mesh in meshes]), np.concatenate(faces))
+
+
+def moved(mesh: Mesh, by_mm: float) -> Mesh:
+    return Mesh(mesh.vertices + np.array([by_mm, 0, 0]), mesh.faces)
 
 
 def flipped(mesh: Mesh) -> Mesh:
@@ -293,6 +297,23 @@ def test_overlapping_bodies_count_as_one() -> None:
     inside = np.linalg.norm(np.abs(centres(where)) - [4, 0, 0], axis=-1) < 9.9
     assert (signed_distance(two, where)[inside] < 0).all()
     assert abs(signed_distance(two, where)).max() < 25  # not scaled by how often a point is inside
+
+
+@pytest.mark.parametrize("name", ["ball", "overlapping", "cavity", "open", "long faces", "nearly touching"])
+def test_distances_are_those_of_asking_at_every_voxel(name: str) -> None:
+    whole = ball(detail=3)
+    mesh = {
+        "ball": whole,
+        "overlapping": together(ball(at=(-4, 0, 0), detail=3), ball(at=(4, 0, 0), detail=3)),
+        "cavity": together(whole, flipped(ball(6.0, detail=2))),
+        "open": Mesh(whole.vertices, whole.faces[whole.vertices[whole.faces[:, 0], 2] < 8]),
+        "long faces": box((25.0, 3.0, 0.4)),
+        "nearly touching": together(box((8.0, 8.0, 20.0)), moved(box((8.0, 8.0, 20.0)), 8.05)),
+    }[name]
+    where = grid(22, 1.3, -14.1)
+    points = centres(where).reshape(-1, 3)
+    slow = np.where(winding(mesh, points) > 0.5, -1, 1) * np.minimum(_distance(mesh, points), 4.0)
+    np.testing.assert_allclose(signed_distance(mesh, where, 4.0).ravel(), slow, atol=1e-6)
 
 
 def test_the_surface_of_a_distance_field_is_back_where_it_was() -> None:

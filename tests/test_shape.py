@@ -5,11 +5,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
+from scipy.ndimage import distance_transform_edt
 from test_mesh import ball, together
 
 from genmed.errors import GenMedError
 from genmed.mesh import Mesh
-from genmed.shape import MARGIN, STEPS, TRUNCATION, cube, decode, encode, measure, shape_of, surface_of
+from genmed.shape import (
+    MARGIN,
+    STEPS,
+    TRUNCATION,
+    _to_mask,
+    cube,
+    decode,
+    encode,
+    measure,
+    shape_of,
+    surface_of,
+)
 
 
 def ellipsoid_mask(radii: tuple[float, float, float], spacing_mm: tuple[float, float, float]) -> np.ndarray:
@@ -94,6 +106,20 @@ def test_thick_slices_do_not_become_steps() -> None:
     radii = np.linalg.norm(middle[:, :2] - mesh.vertices[:, :2].mean(axis=0), axis=1)
     exact = 20 * np.sqrt(1 - ((middle[:, 2] - mesh.vertices[:, 2].mean()) / 40) ** 2)
     assert np.abs(radii - exact).max() < 1.2  # steps would be off by 3
+
+
+@settings(max_examples=25)
+@given(
+    mask=npst.arrays(bool, (6, 7, 5)),
+    spacing_mm=st.tuples(*[st.floats(0.4, 6)] * 3),
+    limit_mm=st.floats(0.5, 9),
+)
+def test_clamped_distances_to_a_mask_are_those_of_the_transform(
+    mask: np.ndarray, spacing_mm: tuple[float, float, float], limit_mm: float
+) -> None:
+    mask[0, 0, 0] = True
+    exact = np.minimum(distance_transform_edt(~mask, sampling=spacing_mm), limit_mm)
+    np.testing.assert_allclose(_to_mask(mask, np.array(spacing_mm), limit_mm), exact, atol=1e-9)
 
 
 def test_what_is_empty_tiny_or_cut_off_is_refused() -> None:

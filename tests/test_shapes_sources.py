@@ -94,6 +94,27 @@ def test_a_data_set_gives_a_shape_per_class(tmp_path: Path) -> None:
     assert found == [("cerebrospinal fluid", "", (3,)), ("heart atrium", "right", (2,)), ("kidney", "left", (1,))]
 
 
+@pytest.mark.parametrize("names", [{"0": "background", "7": "kidney_left", "2": "CSF"}, {"CSF": 2, "kidney_left": 7}])
+def test_label_maps_with_names_give_a_shape_per_class_and_a_subject_per_file(tmp_path: Path, names: dict) -> None:
+    for name in ("a.nii.gz", "b.x.nii", "notes.txt"):
+        touch(tmp_path / name)
+    touch(tmp_path / "labels.json", json.dumps(names))
+    found = [(item.subject, item.category, item.side, item.values) for item in find_items(tmp_path).items]
+    assert found == [
+        (subject, *rest)
+        for subject in ("a", "b.x")
+        for rest in (("cerebrospinal fluid", "", (2,)), ("kidney", "left", (7,)))
+    ]
+
+
+@pytest.mark.parametrize("names", [{"1": "a", "b": 1}, {"liver": "one"}, {"1": ["liver"]}, {"liver": True}])
+def test_names_of_label_maps_that_name_no_value_are_refused(tmp_path: Path, names: dict) -> None:
+    touch(tmp_path / "a.nii.gz")
+    touch(tmp_path / "labels.json", json.dumps(names))
+    with pytest.raises(GenMedError, match=r"labels.json: must name each value once"):
+        find_items(tmp_path)
+
+
 def test_known_data_sets_give_unions_and_persons(tmp_path: Path) -> None:
     for case in ("hippocampus_001", "hippocampus_002", "hippocampus_003"):
         touch(tmp_path / f"labelsTr/{case}.nii.gz")

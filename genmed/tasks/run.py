@@ -54,6 +54,18 @@ class Options:
     def __post_init__(self) -> None:
         _check(self)
 
+    @property
+    def endings(self) -> tuple[str, ...]:
+        """Of a case's files, the label map first."""
+        asked = {"probabilities.nii.gz": self.probabilities, "preview.png": self.preview}
+        return ("nii.gz", *(ending for ending, wanted in asked.items() if wanted))
+
+    @property
+    def of_segment(self) -> dict[str, Any]:
+        """Keyword arguments of `segment`."""
+        names = ("mode", "match", "samples", "seed", "grid", "slice_thickness_mm", "roi_mm")
+        return {name: getattr(self, name) for name in names}
+
 
 @dataclass(frozen=True)
 class RestoreOptions:
@@ -128,10 +140,7 @@ def segment_files(
 ) -> Outcome:
     """Segment everything at `source` and write to `out`, a .nii.gz file or a folder; see `run_cases`."""
     options = options or Options()
-    endings = ["nii.gz"]
-    endings += ["probabilities.nii.gz"] if options.probabilities else []
-    endings += ["preview.png"] if options.preview else []
-    task = Task("segment", partial(_segmented, model, options), tuple(endings), measures=True)
+    task = Task("segment", partial(_segmented, model, options), options.endings, measures=True)
     return run_cases(task, model, source, out, options, command)
 
 
@@ -213,19 +222,14 @@ def _segmented(
     model: Model, options: Options, id: str, scan: Volume, observed: Volume | None, progress: Progress
 ) -> Made:
     """Label map, and what else was asked for."""
-    result = segment(
-        model,
-        scan,
-        mode=options.mode,
-        match=options.match,
-        samples=options.samples,
-        seed=options.seed,
-        grid=options.grid,
-        observed=observed,
-        slice_thickness_mm=options.slice_thickness_mm,
-        roi_mm=options.roi_mm,
-        progress=progress,
-    )
+    result = segment(model, scan, observed=observed, progress=progress, **options.of_segment)
+    return made_of(result, model.plan, options, id, scan, observed)
+
+
+def made_of(
+    result: Segmentation, plan: Plan, options: Options, id: str, scan: Volume, observed: Volume | None
+) -> Made:
+    """The files of a segmentation, its facts and its statistics."""
     shown = on_grid(_only_observed(scan, observed), result.labels.grid, order=0)
     files: dict[str, Callable[[Path], None]] = {"nii.gz": result.labels.save}
     if options.probabilities:
@@ -239,7 +243,7 @@ def _segmented(
         "slice_thickness_mm": result.slice_thickness_mm,
         "widened": result.widened,
     }
-    return Made(files, facts | _facts(result), measure(result, shown, model.plan))
+    return Made(files, facts | _facts(result), measure(result, shown, plan))
 
 
 def _synthesised(

@@ -7,7 +7,7 @@ import io
 import json
 import os
 from dataclasses import asdict, astuple, dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ from genmed.mesh import MESH_SUFFIXES, read_mesh, repair
 from genmed.shape import Measures, Shape, measure, shape_of, surface_of
 from genmed.volume import read_labels
 
-COARSE = 8          # side of the small copy of a shape by which near duplicates are looked for
+COARSE = 8  # side of the small copy of a shape by which near duplicates are looked for
 SMALL_ORGAN = 0.05  # of the larger one: below this the second piece of a pair is no organ
-FINDING_ML = 0.05   # less of a tumour or cyst is an artefact of resampling
+FINDING_ML = 0.05  # less of a tumour or cyst is an artefact of resampling
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +44,7 @@ def build(item: Item, size: int, unit: str = "mm") -> Built:
             mesh, notes = repair(read_mesh(item.path, unit))
             facts = item.facts
         else:
-            mask, labels, affine = _mask(item)
+            mask, labels, affine = mask_of(item)
             mesh, notes = surface_of(mask, affine), ()
             facts = item.facts + _findings(item, labels[mask], abs(float(np.linalg.det(affine[:3, :3]))))
         shape = shape_of(mesh, size)
@@ -59,13 +59,13 @@ def build(item: Item, size: int, unit: str = "mm") -> Built:
 # Label maps -----------------------------------------------------------------------------------------------
 
 
-def _mask(item: Item) -> tuple[Bool[np.ndarray, "x y z"], np.ndarray, np.ndarray]:
+def mask_of(item: Item) -> tuple[Bool[np.ndarray, "x y z"], np.ndarray, np.ndarray]:
     """The voxels of the shape, the label map and its affine. Without a scale, voxels are 1."""
     if item.array:
         labels, affine = _arrays(item.path, item.array)[item.index], np.eye(4)
     else:
         labels, affine = _labels(item.path)
-    mask = np.isin(labels, item.values) if item.values else labels != 0
+    mask = reduce(np.logical_or, [labels == value for value in item.values]) if item.values else labels != 0
     return _one_of_two(mask, affine, item) if item.both else mask, labels, affine
 
 
@@ -88,13 +88,14 @@ def _one_of_two(mask: np.ndarray, affine: np.ndarray, item: Item) -> np.ndarray:
 
     Smaller pieces go to the nearer of the two.
     """
-    from scipy.ndimage import center_of_mass, label
+    from scipy.ndimage import label
 
     pieces, count = label(mask, np.ones((3, 3, 3)))
     if count == 0:
         return mask
-    sizes = np.bincount(pieces.ravel())[1:]
-    centres = np.array(center_of_mass(mask, pieces, np.arange(1, count + 1)))
+    places, piece_of = np.argwhere(mask), pieces[mask] - 1
+    sizes = np.bincount(piece_of)
+    centres = np.stack([np.bincount(piece_of, places[:, k]) for k in range(3)], axis=1) / sizes[:, None]
     right_mm = centres @ affine[0, :3] + affine[0, 3]  # RAS+: x grows to the right
     first, *others = np.argsort(sizes)[::-1]
     if others and sizes[others[0]] >= SMALL_ORGAN * sizes[first]:

@@ -1,7 +1,7 @@
 """Which shapes a source folder holds: a list of `Item`s, in a fixed order, before any surface or voxel is read.
 
-Four layouts are understood: `index.csv` with files beside it, MSD / nnU-Net folders with a dataset.json, MedShapeNet
-downloads, and plain folders of surface files.
+Five layouts are understood: `index.csv` with files beside it, MSD / nnU-Net folders with a dataset.json, label maps
+with a labels.json, MedShapeNet downloads, and plain folders of surface files.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ Facts = tuple[tuple[str, str], ...]
 
 SIDES = ("left", "right", "midline")
 INDEX_COLUMNS = ("path", "category", "side", "subject")
+NAMES_FILE = "labels.json"
 PARTS = {"train": "train", "val": "tune", "tune": "tune", "test": "report", "report": "report"}
 
 
@@ -134,7 +135,8 @@ def find_items(folder: str | Path) -> Listing:
         raise GenMedError(f"{folder}: not a folder; give a data set folder, or a folder of surface files.")
     listing = _reader(folder)(folder)
     if not listing.items:
-        raise GenMedError(f"{folder}: holds no shapes; it needs an index.csv, a dataset.json or surface files.")
+        needed = "an index.csv, a dataset.json, label maps with a labels.json, or surface files"
+        raise GenMedError(f"{folder}: holds no shapes; it needs {needed}.")
     readable = [item for item in listing.items if _is_text(item.path)]
     unreadable = dict.fromkeys(item.path for item in listing.items if not _is_text(item.path))
     left_out = [(_as_text(path), why) for path, why in listing.left_out]
@@ -157,6 +159,8 @@ def _reader(folder: Path) -> Callable[[Path], Listing]:
         return from_index
     if (folder / "dataset.json").is_file():
         return from_dataset
+    if (folder / NAMES_FILE).is_file():
+        return from_label_maps
     meshes = _meshes(folder)
     named = [path for path in meshes if MEDSHAPENET.fullmatch(path.name)]
     return from_medshapenet if 2 * len(named) > len(meshes) else from_meshes
@@ -290,6 +294,27 @@ def from_dataset(folder: Path) -> Listing:
                         both=structure.both,
                     )
                 )
+    return Listing(tuple(items))
+
+
+def from_label_maps(folder: Path) -> Listing:
+    """NIfTI label maps beside a labels.json, {"1": "liver"} or {"liver": 1}: a shape per class, a subject per file."""
+    path = folder / NAMES_FILE
+    named = _json(path)
+    classes: dict[int, str] = {}
+    for key, entry in named.items():
+        name, value = (entry, key) if key.isdecimal() else (key, entry)
+        if not isinstance(name, str) or isinstance(value, bool) or not str(value).isdecimal() or int(value) in classes:
+            raise GenMedError(f'{path}: must name each value once, like {{"1": "liver"}}, but has {key!r}: {entry!r}.')
+        classes[int(value)] = name
+    source, licence = folder.resolve().name, _licence(folder)
+    items = []
+    for file in sorted(path for ending in ("*.nii.gz", "*.nii") for path in folder.glob(ending)):
+        for value, name in classes.items():
+            if value:
+                category, side = sided(name)
+                subject = file.name.split(".nii")[0]
+                items.append(Item(source, file, plain(category), side, subject, licence, values=(value,)))
     return Listing(tuple(items))
 
 

@@ -1,0 +1,282 @@
+"""Segmentation and completion in a chain: what is sure stays, what is not is completed."""
+
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
+from test_cli import failed_in_one_line
+from test_complete import genmed, kidney
+from test_hub import CARD
+from test_shape import dice
+from tiny import PLAN as BASE
+
+from genmed import hub
+from genmed.bench import chain as bench
+from genmed.denoiser import build
+from genmed.errors import GenMedError
+from genmed.hub import Model
+from genmed.shape_model import ShapeModel, load_shapes
+from genmed.tasks import chain as task
+from genmed.tasks.chain import Structure, completed, divided, joined, structures_of
+from genmed.tasks.segment import Interval, Segmentation
+from genmed.volume import Grid, Volume, read_labels
+
+AFFINE = np.diag([4.0, 4, 4, 1])
+PLAN = replace(
+    BASE, labels=("background", "kidney", "stone"), label_values=(0, 1, 5), spacing_mm=(4.0, 4.0, 4.0),
+    extent_mm=(200.0, 200.0, 200.0),
+)  # fmt: skip
+SEGMENTER = Model(plan=PLAN, denoiser=None, folder=None, sha256="a" * 64)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def shapes(tiny_shapes_model: Path) -> ShapeModel:
+    return load_shapes(tiny_shapes_model)
+
+
+def few_slices(count: int = 4) -> np.ndarray:
+    seen = np.zeros((36, 36, 36), bool)
+    seen[:, :, np.linspace(6, 24, count).round().astype(int)] = True
+    return seen
+
+
+def scan() -> Volume:
+    return Volume(np.random.default_rng(0).normal(size=(1, 36, 36, 36)).astype(np.float32), AFFINE)
+
+
+@pytest.fixture
+def segmented(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A segmentation that knows the kidney where it was seen and nothing elsewhere; a stone lies apart."""
+    chosen: dict[str, Any] = {"mode": "conditional"}
+
+    def segment(model: Model, scan: Volume, *, observed: Volume | None, seed: int, **asked: Any) -> Segmentation:
+        chosen["asked"] = asked
+        inside = kidney() if observed is None else kidney() & (observed.data[0] != 0)
+        stone = np.zeros_like(inside)
+        stone[30:33, 30:33, 30:33] = True
+        soft = np.stack([~(inside | stone), inside, stone]).astype(np.float32)
+        return Segmentation(
+            labels=scan, probabilities=Volume(soft, AFFINE), residual=0.0, mode=chosen["mode"], match="none",
+            volume_ml={"kidney": Interval(1, 1, 1), "stone": Interval(2, 2, 2)}, seconds=0.1, seed=seed, image=None,
+        )  # fmt: skip
+
+    monkeypatch.setattr(task, "segment", segment)
+    return chosen
+
+
+def test_slices_that_were_not_seen_are_completed_and_sure_voxels_stay(shapes: ShapeModel) -> None:
+    truth, seen = kidney(), few_slices()
+    chance = np.where(seen, truth, 0).astype(float)
+    found, whole = completed(shapes, chance, seen, AFFINE, "kidney", samples=2)
+    assert dice(whole > 0.5, truth) > 0.85 > 0.5 > dice(truth & seen, truth)
+    np.testing.assert_array_equal(whole[seen], chance[seen])
+    assert len(found.shapes) == 2
+
+
+def test_what_was_not_seen_cannot_change_the_completion(shapes: ShapeModel) -> None:
+    seen = few_slices()
+    garbage = np.where(seen, kidney(), np.random.default_rng(1).random(seen.shape))
+    plain = np.where(seen, kidney(), 0.0)
+    results = [completed(shapes, chance, seen, AFFINE, "kidney", samples=1)[1] for chance in (garbage, plain)]
+    np.testing.assert_array_equal(*results)
+
+
+def test_unsure_voxels_give_no_cue_and_are_settled_between_both(shapes: ShapeModel) -> None:
+    truth, seen = kidney(), np.ones((36, 36, 36), bool)
+    chance = np.where(np.indices(seen.shape)[2] % 5 == 0, truth, 0.25 + 0.4 * truth)
+    sure = np.abs(chance - 0.5) >= 0.4
+    found, whole = completed(shapes, chance, seen, AFFINE, "kidney", samples=1)
+    drawn = found.probability(Grid((36, 36, 36), AFFINE))
+    np.testing.assert_array_equal(whole[sure], chance[sure])
+    np.testing.assert_allclose(whole[~sure], ((chance + drawn) / 2)[~sure], atol=1e-6)
+    _, alone = completed(shapes, chance, sure, AFFINE, "kidney", samples=1)
+    np.testing.assert_allclose(alone[~sure], drawn[~sure], atol=1e-6)
+
+
+def test_the_chain_completes_known_labels_and_leaves_others(shapes: ShapeModel, segmented: dict[str, Any]) -> None:
+    seen = few_slices()
+    observed = Volume(seen[None].astype(np.uint8), AFFINE)
+    made = task.chain(SEGMENTER, shapes, scan(), observed=observed, shapes=1, match="none")
+    labels = made.segmentation.labels.data[0]
+    assert dice(labels == 1, kidney()) > 0.85
+    assert (labels[30:33, 30:33, 30:33] == 5).all() and (labels == 5).sum() == 27
+    np.testing.assert_array_equal((labels == 1)[seen], kidney()[seen])
+    assert list(made.completed) == ["kidney"] and made.completed["kidney"]["text"] == "kidney"
+    assert len(made.notes) == 1 and "stone: the completion model knows no such structure" in made.notes[0]
+    assert "kidney" not in made.segmentation.volume_ml and made.segmentation.volume_ml["stone"] == Interval(2, 2, 2)
+    chances = made.segmentation.probabilities
+    assert chances is not None
+    np.testing.assert_allclose(chances.data.sum(axis=0), 1, atol=1e-5)
+    assert segmented["asked"] == {"grid": "model", "match": "none", "progress": None}
+
+
+def test_guided_segmentations_have_a_say_where_nothing_was_seen(shapes: ShapeModel, segmented: dict[str, Any]) -> None:
+    observed = Volume(few_slices()[None].astype(np.uint8), AFFINE)
+    found = []
+    for mode in ("conditional", "restore-then-condition"):
+        segmented["mode"] = mode
+        made = task.chain(SEGMENTER, shapes, scan(), observed=observed, shapes=1)
+        assert made.segmentation.probabilities is not None
+        found.append(made.segmentation.probabilities.data[1])
+    hidden = ~few_slices()
+    np.testing.assert_allclose(found[1][hidden], found[0][hidden] / 2, atol=1e-5)  # this one says: nothing is there
+
+
+def test_a_structure_of_which_nothing_is_sure_is_kept(shapes: ShapeModel, segmented: dict[str, Any]) -> None:
+    observed = np.zeros((1, 36, 36, 36), np.uint8)
+    observed[..., 34] = 1
+    made = task.chain(SEGMENTER, shapes, scan(), observed=Volume(observed, AFFINE), label="kidney")
+    assert not made.completed and "kidney: not completed, its segmentation is kept (the cue is empty" in made.notes[0]
+    assert not (made.segmentation.labels.data == 1).any()
+    assert "kidney" in made.segmentation.volume_ml
+
+
+@given(
+    npst.arrays(np.float64, (4, 2, 2, 2), elements=st.floats(0.01, 1)),
+    npst.arrays(np.float64, (2, 2, 2, 2), elements=st.floats(0, 1)),
+)
+def test_joined_probabilities_sum_to_one_and_keep_completed_ones(soft: np.ndarray, chance: np.ndarray) -> None:
+    soft = soft / soft.sum(axis=0)
+    whole = joined(soft, {(1, 2): chance[0], (3,): chance[1]})
+    np.testing.assert_allclose(whole.sum(axis=0), 1, atol=1e-5)
+    fits = chance.sum(axis=0) <= 1
+    np.testing.assert_allclose((whole[1] + whole[2])[fits], chance[0][fits], atol=1e-5)
+    np.testing.assert_allclose(whole[3][fits], chance[1][fits], atol=1e-5)
+    np.testing.assert_array_equal(joined(soft, {}), soft.astype(np.float32))
+
+
+def test_labels_of_one_structure_share_it_as_they_did() -> None:
+    soft = np.zeros((3, 6, 1, 1))
+    soft[1, 0], soft[2, 1:3], soft[0, 3:] = 1, 1, 1
+    whole = joined(soft, {(1, 2): np.array([1.0, 1, 1, 1, 0, 0]).reshape(6, 1, 1)})
+    assert whole.argmax(axis=0).ravel().tolist() == [1, 2, 2, 2, 0, 0]
+
+
+def test_thick_slices_are_divided_and_their_middles_stay_centres() -> None:
+    affine = np.diag([2.0, -2.0, 10.0, 1.0])
+    affine[:3, 3] = [5, 6, 7]
+    fine = divided(Grid((4, 5, 3), affine))
+    assert fine.shape == (4, 5, 15) and fine.spacing_mm == pytest.approx((2, 2, 2))
+    np.testing.assert_allclose((fine.affine @ [1, 2, 7, 1])[:3], (affine @ [1, 2, 1, 1])[:3])
+    np.testing.assert_allclose(fine.corners_mm().min(axis=0), Grid((4, 5, 3), affine).corners_mm().min(axis=0))
+    assert divided(fine).shape == fine.shape
+
+
+@pytest.mark.parametrize(
+    "labels, categories, label, text, answer",
+    [
+        (("Anterior", "Posterior"), ("hippocampus",), None, None, [("Anterior+Posterior", "hippocampus")]),
+        (("Anterior", "Posterior"), ("hippocampus", "anterior hippocampus"), "Anterior", None,
+         [("Anterior", "anterior hippocampus")]),
+        (("RV", "MYO", "LV"), ("left ventricle", "right ventricle"), None, None,
+         [("RV", "right ventricle"), ("LV", "left ventricle")]),
+        (("RV", "MYO", "LV"), ("heart",), "RV+LV+MYO", "whole heart", [("RV+LV+MYO", "whole heart")]),
+        (("kidney_left",), ("kidney",), None, None, [("kidney_left", "left kidney")]),
+        (("lump",), ("kidney",), None, None, []),
+    ],
+)  # fmt: skip
+def test_names_of_labels_lead_to_structures(
+    labels: tuple, categories: tuple, label: str | None, text: str | None, answer: list, shapes: ShapeModel
+) -> None:
+    plan = replace(PLAN, labels=("background", *labels), label_values=tuple(range(len(labels) + 1)))
+    model = replace(shapes, plan=replace(shapes.plan, categories=dict.fromkeys(categories, ("left", "right"))))
+    found, notes = structures_of(plan, model, label, text)
+    assert found == [Structure(tuple(name.split("+")), words) for name, words in answer]
+    covered = {name for structure in found for name in structure.labels}
+    assert len(notes) == (0 if label else len(set(labels) - covered))
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [({"label": "liver"}, "--label liver"), ({"label": "kidney,kidney"}, "twice"), ({"text": "kidney"}, "--text")],
+)
+def test_wrong_names_are_refused(shapes: ShapeModel, options: dict[str, str], words: str) -> None:
+    with pytest.raises(GenMedError, match=words):
+        structures_of(PLAN, shapes, **options)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[Path, Path, Path]:
+    torch.manual_seed(0)
+    model = hub.save_model(tmp_path / "tiny", PLAN, build(PLAN).state_dict(), CARD)
+    scan().save(tmp_path / "scan.nii.gz")
+    Volume(few_slices()[None].astype(np.uint8), AFFINE).save(tmp_path / "seen.nii.gz")
+    return tmp_path / "scan.nii.gz", tmp_path / "seen.nii.gz", model
+
+
+def test_the_command_writes_what_segment_does_and_says_what_was_kept(
+    files: tuple[Path, Path, Path], tiny_shapes_model: Path, segmented: dict[str, Any], tmp_path: Path
+) -> None:
+    path, seen, model = files
+    options = ("--segment", model, "--complete", tiny_shapes_model, "--observed", seen, "--shapes", 1)
+    result = genmed("chain", path, *options, "--out", tmp_path / "out", "--probabilities", "--json")
+    assert result.exit_code == 0, result.output
+    case = json.loads(result.stdout)["cases"]["scan"]
+    assert list(case["completed"]) == ["kidney"] and case["structures"]["kidney"]["ml"] > 0
+    assert "genmed: stone: the completion model knows no such structure" in result.stderr
+    given, made = nib.load(path), nib.load(tmp_path / "out" / "scan.nii.gz")
+    assert np.array_equal(given.affine, made.affine) and given.shape == made.shape
+    assert dice(np.asarray(made.dataobj) == 1, kidney()) > 0.85
+    assert read_labels(tmp_path / "out" / "scan.nii.gz").label_names[5] == "stone"
+    assert (tmp_path / "out" / "scan.probabilities.nii.gz").is_file()
+    again = genmed("chain", path, *options, "--out", tmp_path / "out", "--probabilities")
+    assert again.exit_code == 0 and "finished before" in again.stdout
+    other = genmed("chain", path, *options, "--out", tmp_path / "out", "--probabilities", "--label", "kidney")
+    assert other.exit_code == 0 and "finished before" not in other.stdout
+    fine = genmed("chain", path, *options, "--out", tmp_path / "fine.nii.gz", "--grid", "model")
+    assert fine.exit_code == 0 and (tmp_path / "fine.nii.gz.manifest.json").is_file()
+
+
+def test_bad_input_ends_in_one_line(files: tuple[Path, Path, Path], tiny_shapes_model: Path, tmp_path: Path) -> None:
+    path, _, model = files
+    for arguments, words in (
+        (("--segment", model, "--complete", model), "is a model of images, not of shapes"),
+        (("--segment", model, "--complete", tiny_shapes_model, "--label", "liver"), "--label liver"),
+        (("--segment", model, "--complete", tiny_shapes_model, "--shapes", 0), "--shapes 0"),
+        (("--segment", model, "--complete", tmp_path / "absent"), "absent"),
+    ):
+        failed_in_one_line(genmed("chain", path, *arguments, "--out", tmp_path / "o.nii.gz"), words)
+        assert not (tmp_path / "o.nii.gz").exists()
+
+
+def test_the_bench_goes_on_where_it_was_and_compares_pairs(
+    shapes: ShapeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = bench.Arena("kidneys", {"a": "p1", "b": "p2"}, shapes, None, None, {})
+    asked = []
+
+    def scores(self: bench.Arena, row: Any, case: str) -> dict[str, float]:
+        asked.append(case)
+        return {bench.OBSERVED: 0.2, bench.LINEAR: 0.5, bench.CHAIN: 0.6 if case == "a" else 0.8}
+
+    monkeypatch.setattr(bench.Arena, "scores", scores)
+    first = bench.evaluate(replace(made, cases={"a": "p1"}), tmp_path)
+    rows = bench.evaluate(made, tmp_path)
+    assert asked == ["a", "b"] and rows[: len(first)] == first and len(rows) == 6
+    bench.evaluate(replace(made, completer=replace(shapes, sha256="0" * 64)), tmp_path)
+    assert asked == ["a", "b", "a", "b"]
+    text = bench.report("kidneys", rows, "tiny")
+    assert "| 70.0 [60.0, 80.0] |" in text and "| +20.0 [+10.0, +30.0] |" in text and "emulated" in text
+
+
+def test_emulated_kidneys_are_scored_against_the_whole_mask(
+    shapes: ShapeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "completed", partial(completed, samples=1))
+    path = tmp_path / "case.nii.gz"
+    Volume(kidney().astype(np.uint8)[None], AFFINE).save(path)
+    item = bench.Item("made", path, "kidney", "left", "p")
+    made = bench.Arena("kidneys", {"a": "p"}, shapes, None, None, {"a": item})
+    found = made.scores(bench.INPUTS["kidneys"][0], "a")
+    seen = bench.INPUTS["kidneys"][0].degrade(Volume(kidney()[None].astype(np.uint8), AFFINE), "a").seen
+    assert found[bench.OBSERVED] == pytest.approx(dice(kidney() & seen, kidney()))
+    assert found[bench.CHAIN] > found[bench.LINEAR] > found[bench.OBSERVED]
