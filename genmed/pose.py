@@ -82,6 +82,7 @@ class Posed:
         self.points = torch.from_numpy(cue.points_mm).float()
         self.sigma = SIGMA * max(1.0, len(self.points) / WORTH) ** 0.5
         self.lower, self.upper = (torch.from_numpy(b).float() for b in (cue.lower_mm, cue.upper_mm))
+        self.unit_mm = poses[:, 3].exp().mean()
 
     @property
     def knows_size(self) -> Float[Tensor, " b"]:
@@ -93,7 +94,8 @@ class Posed:
         if not self.fixed:
             for _ in range(ITERATIONS):
                 self._improve(volume, size)
-        weight = self._weights(self.misses(volume)) / self.sigma
+        units = self._units(self.pose)
+        weight = self._weights(self.misses(volume) * units) * units / self.sigma
         q, low, high = self._placed(self.pose)
         known = self.knows_size[:, None] / SIZE_SIGMA
         target = self.model.size_of(self.pose[:, 3:])
@@ -136,8 +138,12 @@ class Posed:
         """Square roots of the weights of a Cauchy likelihood where the cue is doubtful, else 1."""
         return (1 + (missed / DOUBT) ** 2).rsqrt() if self.cue.doubtful else torch.ones_like(missed)
 
+    def _units(self, pose: Tensor) -> Float[Tensor, "b 1"]:
+        """A pose's voxel in units that are the same for all poses, so that no large cube is favoured."""
+        return pose[:, 3:].exp() / self.unit_mm
+
     def _cost(self, volume: Tensor, size: Tensor, pose: Tensor) -> Float[Tensor, " b"]:
-        missed = self.misses(volume, pose)
+        missed = self.misses(volume, pose) * self._units(pose)
         square = DOUBT**2 * torch.log1p((missed / DOUBT) ** 2) if self.cue.doubtful else missed**2
         apart = (self.model.size_of(pose[:, 3:]) - size) / SIZE_SIGMA
         return square.sum(1) / self.sigma**2 + self.knows_size * (apart**2).sum(1)
@@ -151,11 +157,12 @@ class Posed:
         slope = torch.stack(
             [(sample(volume, q + step[a], n) - sample(volume, q - step[a], n)) / 2 for a in range(3)], dim=2
         )
-        missed = _missed(sample(volume, q, n), low, high)
+        value = sample(volume, q, n)
+        missed = _missed(value, low, high)
         active = (missed != 0).float()[..., None]
-        bound = torch.where(missed < 0, low, high)[..., None]  # scales with the voxel, too
-        jacobian = active * torch.cat([-slope, bound - (slope * q).sum(2, keepdim=True)], dim=2)
-        weight = self._weights(missed)[..., None] / self.sigma
+        jacobian = active * torch.cat([-slope, value[..., None] - (slope * q).sum(2, keepdim=True)], dim=2)
+        units = self._units(self.pose)
+        weight = (self._weights(missed * units) * units / self.sigma)[..., None]
         a, r = weight * jacobian, weight[..., 0] * missed
         normal, right = a.transpose(1, 2) @ a, (a.transpose(1, 2) @ r[..., None])[..., 0]
         share = self.knows_size / (self.model.plan.size_deviation * SIZE_SIGMA) ** 2
