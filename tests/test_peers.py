@@ -73,7 +73,7 @@ def one_thread() -> Iterator[None]:
 def test_networks_are_about_as_large_as_ours(network: str) -> None:
     plan = replace(PLAN, widths=PRESETS["base"].widths)
     ours, theirs = (peers.parameters(model) for model in (build(plan), peers.untrained(plan, network)))
-    assert abs(theirs / ours - 1) < 0.15
+    assert abs(theirs / ours - 1) < 0.18
 
 
 @pytest.mark.parametrize("network", peers.NETWORKS)

@@ -31,13 +31,10 @@ from genmed.bench.shape_peers import (
     gauss_newton,
     gaussian_model,
     nearest,
-    spline,
     statistical,
-    thinned,
     truncated,
-    with_sides,
 )
-from genmed.cue import Cue, cue_of_labels
+from genmed.cue import Cue, cue_of_labels, spline, thinned, with_sides
 from genmed.data.shapes import ShapeDataset, read_shapes
 from genmed.errors import GenMedError
 from genmed.nets.autoencoder import principal_components

@@ -13,7 +13,7 @@ The input-conditioned diffusion stands in `genmed.bench.shape_conditioned`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from genmed.cue import Cue
+from genmed.cue import Cue, spline, thinned, with_sides
 from genmed.data.shapes import ShapeDataset
 from genmed.nets.autoencoder import LinearAutoencoder, principal_components
 from genmed.pose import FARTHEST, SIGMA, SIZE_SIGMA, WORTH, Posed, first_poses, sample
@@ -45,9 +45,7 @@ COARSE = 16          # voxels a side by which training shapes are compared first
 COARSE_POINTS, COARSE_POSES = 200, 4
 SHORTLIST = 24       # training shapes whose pose is fitted
 POSE_CALLS = 8
-RBF_POINTS, SHELL_POINTS, RBF_SIDE = 1500, 150, 48
-SIDE_POINTS, AROUND = 800, 0.3  # beside points on a surface; how far around their box, over its sides
-FLAT = 0.3           # of the longest extent: below it, an axis was not seen, as in `first_poses`
+RBF_SIDE = 48        # voxels a side of the interpolation's cube
 REACH = 2.2          # side of the interpolation's cube over the longest extent seen
 
 Told = tuple[str, str] | None
@@ -289,16 +287,6 @@ def _rows(basis: Float[Tensor, "n3 k"], q: Float[Tensor, "m 3"], model: ShapeMod
     return F.embedding_bag(flat, basis, per_sample_weights=weights, mode="sum")
 
 
-def thinned(cue: Cue, points: int, seed: int) -> Cue:
-    """The cue with so many of its points."""
-    if len(cue.points_mm) <= points:
-        return cue
-    chosen = np.sort(np.random.default_rng(seed).choice(len(cue.points_mm), points, replace=False))
-    return dataclasses.replace(
-        cue, points_mm=cue.points_mm[chosen], lower_mm=cue.lower_mm[chosen], upper_mm=cue.upper_mm[chosen]
-    )
-
-
 # The nearest training shape -------------------------------------------------------------------------------
 
 
@@ -377,63 +365,3 @@ class Interpolation:
         volume = F.interpolate(found, size=(self.size,) * 3, mode="trilinear", align_corners=False)
         pose = np.append(middle, np.log(voxel_mm))
         return (shape_at((volume[0, 0].numpy() / voxel_mm).clip(-TRUNCATION, TRUNCATION), pose),)
-
-
-def spline(cue: Cue, seed: int = 0) -> Callable[[Float[np.ndarray, "n 3"]], Float[np.ndarray, " n"]]:
-    """Distances in mm at any points.
-
-    As in shape-based interpolation (Raya and Udupa, IEEE TMI 1990), a seen voxel has the signed distance to the
-    border that is seen around it. Around the cue lies a shell of emptiness, so that surfaces close. Where all that is
-    seen are points of the surface, which do not say where the inside is, it is in the middle.
-    """
-    from scipy.interpolate import RBFInterpolator
-
-    low, high = cue.box_mm
-    middle, half, longest = (low + high) / 2, (high - low) / 2, float((high - low).max())
-    flat = half < FLAT * longest / 2  # nothing is known of this axis
-    half = np.where(flat, half[~flat].min(), half)
-    seen = thinned(cue, RBF_POINTS, seed)
-    values = np.where(seen.upper_mm <= 0, seen.lower_mm, seen.upper_mm).clip(-longest, longest)
-    anchors, far = _shell(half)
-    if not (values < 0).any():
-        anchors, far = np.concatenate([anchors, np.zeros((1, 3))]), np.append(far, -half.min())
-    places = np.concatenate([seen.points_mm, middle + anchors]) / longest
-    doubt = 0.5 * cue.voxel_mm / longest if cue.doubtful else 1e-6
-    smoothing = np.append(np.full(len(values), doubt), np.full(len(far), 1e-6))
-    fit = RBFInterpolator(places, np.append(values, far) / longest, smoothing=smoothing, kernel="linear")
-    return lambda points: np.asarray(fit(points / longest) * longest)
-
-
-def with_sides(cue: Cue, seed: int = 0) -> Cue:
-    """A cue of surface points with bounds around them, on the side that the spline says; any other as it is.
-
-    Of noisy points, the closest one has come nearer by about one standard deviation, at most two. Principal components
-    alone have no reason to leave zero anywhere.
-    """
-    if (cue.lower_mm != 0).any() or (cue.upper_mm != 0).any():
-        return cue
-    from scipy.spatial import cKDTree
-
-    low, high = cue.box_mm
-    drawn = np.random.default_rng(seed).random((SIDE_POINTS, 3))
-    points = low + (drawn * (1 + 2 * AROUND) - AROUND) * (high - low)
-    away = cKDTree(cue.points_mm).query(points)[0]
-    inside = spline(cue, seed)(points) < 0
-    clear = away > cue.voxel_mm
-    points, away, inside = points[clear], away[clear], inside[clear]
-    far = away + 2 * cue.voxel_mm
-    return dataclasses.replace(
-        cue,
-        points_mm=np.concatenate([cue.points_mm, points]),
-        lower_mm=np.append(cue.lower_mm, np.where(inside, -far, away)),
-        upper_mm=np.append(cue.upper_mm, np.where(inside, -away, far)),
-    )
-
-
-def _shell(half: Float[np.ndarray, 3]) -> tuple[Float[np.ndarray, "n 3"], Float[np.ndarray, " n"]]:
-    """Points evenly on an ellipsoid twice as large as the box, and about their distance to one of its size."""
-    number = np.arange(SHELL_POINTS) + 0.5
-    height, turn = 1 - 2 * number / SHELL_POINTS, np.pi * (1 + 5**0.5) * number
-    flat = np.sqrt(1 - height**2)
-    directions = np.stack([flat * np.cos(turn), flat * np.sin(turn), height], axis=1)
-    return 2 * half * directions, np.linalg.norm(half * directions, axis=1)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from genmed.cue import Cue
+from genmed.cue import Cue, with_sides
 from genmed.errors import GenMedError
 from genmed.fields import Field, Fields
 from genmed.guide import consistent, guided, retry
@@ -92,7 +92,7 @@ def complete(
     started = time.monotonic()
     if samples < 1:
         raise GenMedError(f"samples {samples}: must be 1 or more.")
-    z0, posed = draw(model, cue, text, TRIED * samples, seed, progress)
+    z0, posed = draw(model, with_sides(cue, seed), text, TRIED * samples, seed, progress)
     order = energy(z0, posed).argsort()[:samples]
     codes = z0[order][:, model.fields.slice("shape")].flatten(1)
     volume = model.autoencoder.decode(codes, model.plan.size)
