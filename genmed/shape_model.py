@@ -24,11 +24,12 @@ from genmed import hub
 from genmed.denoiser import Denoiser
 from genmed.errors import GenMedError
 from genmed.fields import Field, Fields
-from genmed.nets.autoencoder import LinearAutoencoder
+from genmed.nets.autoencoder import LinearAutoencoder, from_bytes, to_bytes
 from genmed.nets.mlp import MLP
 
 EMBEDDING = 384  # numbers of a sentence embedding
 SHARD_BYTES = 11_500_000
+MODES, MODES_SCALE = "autoencoder.modes", "autoencoder.modes_scale"  # tensors of the model folder
 KNOWN_SIZE = 4.0  # standard deviations of log voxel_mm within which the model has an opinion
 
 
@@ -156,12 +157,17 @@ def build_shapes_model(plan: ShapePlan) -> ShapeModel:
 
 
 def save_shapes(model: ShapeModel, folder: str | Path, card: hub.Card) -> Path:
-    """Write a model folder: weights in half precision in shards of at most 12 MB, plan, card and checksums."""
+    """Write a model folder: weights in shards of at most 12 MB, plan, card and checksums.
+
+    Weights are stored in half precision, the autoencoder's modes in bytes, to which `principal_components` rounds them.
+    """
     from safetensors.torch import save
 
     shards: list[dict[str, Tensor]] = [{}]
     room = SHARD_BYTES
-    for name, tensor in model.modules.state_dict().items():
+    tensors = model.modules.state_dict()
+    tensors[MODES], tensors[MODES_SCALE] = to_bytes(tensors[MODES])
+    for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise GenMedError(f"{folder}: not saved, since weight '{name}' is not finite; train again.")
         for number, piece in enumerate(_pieces(tensor.detach().cpu())):
@@ -178,11 +184,11 @@ def save_shapes(model: ShapeModel, folder: str | Path, card: hub.Card) -> Path:
 
 
 def _pieces(tensor: Tensor) -> list[Tensor]:
-    """Rows of large tensors apart, in half precision where it holds the values."""
-    halved = tensor.half()
-    tensor = halved if torch.isfinite(halved).all() else tensor
+    """Rows of large tensors apart, matrices in half precision where it holds the values."""
     if tensor.ndim < 2:
         return [tensor]
+    halved = tensor.half()
+    tensor = halved if tensor.is_floating_point() and torch.isfinite(halved).all() else tensor
     rows = max(1, SHARD_BYTES // 4 // (tensor[0].numel() * tensor.element_size()))
     return list(tensor.split(rows))
 
@@ -228,5 +234,7 @@ def _fill(modules: nn.Module, files: Mapping[str, bytes], where: str) -> None:
     for name, parts in pieces.items():
         ordered = [parts[i] for i in sorted(parts)]
         tensors[name] = torch.cat(ordered) if len(ordered) > 1 else ordered[0]
+    if MODES_SCALE in tensors and len(tensors[MODES_SCALE]) == len(tensors.get(MODES, ())):
+        tensors[MODES] = from_bytes(tensors[MODES], tensors.pop(MODES_SCALE))
     hub.fill(modules, tensors, where)
 

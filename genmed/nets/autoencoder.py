@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int8
 from torch import Tensor, nn
 
 
@@ -58,6 +58,17 @@ def principal_components(
     kept[0] = True
     model = LinearAutoencoder(side, int(kept.sum()))
     model.mean.copy_(mean)
-    model.modes.copy_(axes.T[:modes][kept].half())
+    model.modes.copy_(from_bytes(*to_bytes(axes.T[:modes][kept])))
     model.deviation.copy_(values[:modes][kept].clamp(min=1e-6))
     return model
+
+
+def to_bytes(modes: Float[Tensor, "k m"]) -> tuple[Int8[Tensor, "k m"], Float[Tensor, " k"]]:
+    """Rows as multiples of 1/127 of their largest entry: a byte a number, and the scale of every row."""
+    scale = modes.abs().amax(dim=1).clamp(min=1e-12) / 127
+    return (modes / scale[:, None]).round().to(torch.int8), scale
+
+
+def from_bytes(rounded: Int8[Tensor, "k m"], scale: Float[Tensor, " k"]) -> Float[Tensor, "k m"]:
+    """Inverse of `to_bytes`; going through both once more changes no more than the last bit."""
+    return rounded * scale[:, None]
