@@ -128,7 +128,7 @@ def header_only(scan: Degraded) -> Degraded:
 # The sets -------------------------------------------------------------------------------------------------
 
 SETS = {
-    "hippocampus": TrainingSet("Task04_Hippocampus", SPLITS / "hippocampus.json", 2.0, "small", 20),
+    "hippocampus": TrainingSet("Task04_Hippocampus", SPLITS / "hippocampus.json", 2.0, "small", 40),
     "hippocampus-1mm": TrainingSet("Task04_Hippocampus", SPLITS / "hippocampus.json", 1.0, "base", 101),
     "acdc": TrainingSet("acdc", SPLITS / "acdc.json", 2.5, "small", 40),
     "left_atrium": TrainingSet("left_atrium", SPLITS / "left_atrium.json", 2.5, "small", 20),
