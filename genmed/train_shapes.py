@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
 from genmed.data.augment import bending, rotation, uniform
-from genmed.data.shapes import ShapeDataset, read_shapes
+from genmed.data.shapes import ShapeDataset, ShapeRow, read_shapes
 from genmed.denoiser import Denoiser
 from genmed.errors import GenMedError
 from genmed.hub import Card
@@ -36,7 +36,8 @@ MIXED = 0.2         # probability that two shapes of a category are mixed
 BEND = 0.6          # of the largest deformation that does not fold
 TURN = 0.15         # radians, about every axis
 STEPS = 20_000
-SIDE, MODES, TEXT_CHANNELS, WIDTH, BLOCKS = 32, 192, 64, 512, 6
+SIDE, MODES, TEXT_CHANNELS, WIDTH, BLOCKS = 32, 448, 64, 512, 6
+OTHER_SIDE = {"left": "right", "right": "left"}
 
 
 class ShapeBatch(NamedTuple):
@@ -68,6 +69,35 @@ def category_weights(categories: Sequence[str]) -> Float[Tensor, " n"]:
     counts = Counter(categories)
     weights = torch.tensor([counts[category] ** -0.5 for category in categories])
     return weights / weights.sum()
+
+
+class Training(NamedTuple):
+    """Shapes of the training part and, of every left or right one, its mirror image, which is one of the other side."""
+
+    rows: list[ShapeRow]
+    x: Float[Tensor, "n 1 m m m"]
+    weights: Float[Tensor, " n"]
+
+
+def training_shapes(data: ShapeDataset, side: int) -> Training:
+    """The training part, averaged to `side` voxels a side; mirror images share the weight of their shapes."""
+    numbers = data.part("train")
+    rows = [data.rows[i] for i in numbers]
+    x, weights = lowered(data, numbers, side), category_weights([row.category for row in rows])
+    pairs = [k for k, row in enumerate(rows) if row.side in OTHER_SIDE]
+    weights[pairs] /= 2
+    return Training(
+        rows + [_mirrored(rows[k]) for k in pairs],
+        torch.cat([x, x[pairs].flip(2)]),
+        torch.cat([weights, weights[pairs]]),
+    )
+
+
+def _mirrored(row: ShapeRow) -> ShapeRow:
+    """The facts of a mirror image, about the middle of its cube."""
+    side = OTHER_SIDE[row.side]
+    captions = tuple(c.replace(f"{row.side} {row.category}", f"{side} {row.category}") for c in row.captions)
+    return dataclasses.replace(row, side=side, captions=captions)
 
 
 def lowered(data: ShapeDataset, numbers: Sequence[int], side: int) -> Float[Tensor, "n 1 m m m"]:
@@ -262,9 +292,7 @@ def prepare(
     data: ShapeDataset, out: Path, *, steps: int, seed: int, modes: int, width: int, blocks: int, batch: int
 ) -> tuple[ShapeModel, Bank]:
     """The untrained model with its autoencoder and text projection, and the bank of training shapes."""
-    rows = [data.rows[i] for i in data.part("train")]
-    weights = category_weights([row.category for row in rows])
-    x = lowered(data, data.part("train"), min(SIDE, data.size))
+    rows, x, weights = training_shapes(data, min(SIDE, data.size))
     autoencoder = fit_autoencoder(x, weights, modes, seed)
     codes = torch.stack([autoencoder.encode(versions(x, v, seed)) for v in range(VERSIONS)], dim=1)
     log_mm = torch.tensor([np.log(row.voxel_mm) if row.extent_mm is not None else np.nan for row in rows]).float()

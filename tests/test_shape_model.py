@@ -27,6 +27,7 @@ from genmed.train_shapes import (
     prepare,
     reconstruction,
     train_shapes,
+    training_shapes,
     whitening,
 )
 
@@ -76,13 +77,24 @@ def test_training_that_is_resumed_gives_the_weights_of_one_that_was_not(data: Pa
 def test_the_bank_holds_standardised_numbers_and_hides_unknown_sizes(data: Path, tmp_path: Path) -> None:
     shapes = read_shapes(data)
     model, bank = prepare(shapes, tmp_path, steps=1, seed=0, **SMALL)
-    assert bank.size.isnan().sum() == 3  # one of every category
+    assert bank.size.isnan().sum() == 6  # one of every category and its mirror image
     known = bank.size[~bank.size.isnan()]
     assert float(known.mean()) == pytest.approx(0, abs=1e-3) and float(known.std()) == pytest.approx(1, rel=0.01)
-    assert model.plan.categories == {"femur": ("left",), "kidney": ("left",), "spleen": ("left",)}
+    assert model.plan.categories == dict.fromkeys(("femur", "kidney", "spleen"), ("left", "right"))
     assert min(reconstruction(model, shapes, shapes.part("tune")).values()) > 0.85
     loss = ShapeLoss(model.denoiser)(draw_batch(bank, 16, 0, 0))
     assert all(torch.isfinite(value) for value in loss.values())
+
+
+def test_mirror_images_are_shapes_of_the_other_side(data: Path) -> None:
+    shapes = read_shapes(data)
+    rows, x, weights = training_shapes(shapes, 16)
+    count = len(shapes.part("train"))
+    assert len(rows) == len(x) == len(weights) == 2 * count and float(weights.sum()) == pytest.approx(1)
+    torch.testing.assert_close(x[count:].flip(2), x[:count], atol=0, rtol=0)
+    assert {row.side for row in rows[count:]} == {"right"}
+    assert not any("left" in caption for row in rows[count:] for caption in row.captions)
+    assert all("right" in row.captions[0] for row in rows[count:])
 
 
 def test_a_batch_is_a_function_of_its_step(data: Path, tmp_path: Path) -> None:

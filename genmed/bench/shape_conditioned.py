@@ -33,7 +33,7 @@ from genmed.shape import MARGIN, Shape, encode
 from genmed.shape_model import ShapeModel
 from genmed.tasks.complete import honoured, shape_at
 from genmed.train import CHECKPOINT, fair_minutes, fit
-from genmed.train_shapes import category_weights, lowered, versions
+from genmed.train_shapes import training_shapes, versions
 
 SIDE = 16           # voxels along the cue's cube
 REACH = 2.2         # side of that cube over the longest extent seen
@@ -212,12 +212,10 @@ def drawn_cues(data: ShapeDataset, model: ShapeModel, path: Path, count: int = C
     """
     if path.exists():
         return load_file(path)
-    rows = [data.rows[i] for i in data.part("train")]
-    weights = category_weights([row.category for row in rows])
+    rows, x, weights = training_shapes(data, model.autoencoder.side)
     generator = Generator().manual_seed(model.plan.seed)
     chosen = torch.multinomial(weights, count, replacement=True, generator=generator)
     version = torch.randint(VERSIONS, (count,), generator=generator)
-    x = lowered(data, data.part("train"), model.autoencoder.side)
     codes, pose = torch.zeros(count, model.plan.modes), torch.zeros(count, POSE)
     picture, facts = torch.full((count, SIDE, SIDE, SIDE), UNSEEN, dtype=torch.int8), torch.zeros(count, 2)
     kept = torch.ones(count, dtype=torch.bool)

@@ -30,7 +30,7 @@ from genmed.pose import FARTHEST, SIGMA, SIZE_SIGMA, WORTH, Posed, first_poses, 
 from genmed.shape import MARGIN, TRUNCATION, Shape
 from genmed.shape_model import KNOWN_SIZE, ShapeModel, ShapePlan, build_shapes_model
 from genmed.tasks.complete import honoured, shape_at
-from genmed.train_shapes import SIDE, category_weights, lowered
+from genmed.train_shapes import SIDE, lowered, training_shapes
 
 MODES = 200          # at most, of every statistical model
 STARTS = 12          # poses that a statistical model is fitted from
@@ -108,20 +108,20 @@ class Statistical:
 
 
 def statistical(data: ShapeDataset, sided: bool) -> Statistical:
-    """Models of the training part with as many modes as there are. Categories of one shape have none."""
-    numbers = data.part("train")
-    x = lowered(data, numbers, min(SIDE, data.size))
-    log_mm = np.array([np.log(data.rows[i].voxel_mm) for i in numbers])
+    """Models of the training part, mirror images included, with as many modes as there are.
+
+    Categories of one shape have none.
+    """
+    rows, x, weights = training_shapes(data, min(SIDE, data.size))
+    log_mm = np.array([np.log(row.voxel_mm) for row in rows])
     groups: dict[tuple[str, str], list[int]] = {}
-    for place, i in enumerate(numbers):
-        row = data.rows[i]
+    for place, row in enumerate(rows):
         groups.setdefault((row.category, row.side if sided else ""), []).append(place)
     models = {
         key: gaussian_model(x[group], log_mm[group], torch.ones(len(group)), data.size)
         for key, group in groups.items()
         if len(group) > 1
     }
-    weights = category_weights([data.rows[i].category for i in numbers])
     models["", ""] = gaussian_model(x, log_mm, weights, data.size)
     return Statistical(models, PcaSettings(sided=sided))
 

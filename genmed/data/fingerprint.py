@@ -18,7 +18,7 @@ THICK_RATIO = 3.0           # anisotropy above which a stack counts as thick sli
 PATCH_VOXELS = 110_000      # largest patch that trains in reasonable time on a CPU
 STEP_VOXELS = 180_000       # a training step takes so many, in more patches if they are small,
 LARGEST_BATCH = 8           # up to this number of patches
-FEWEST_VOXELS = 8           # of a patch at the coarsest level for norms of single channels, as nnU-Net has them
+FEWEST_VOXELS = 100         # of a patch at the coarsest level for norms of single channels, as nnU-Net has them
 SAMPLES_PER_CASE = 20_000   # voxels per case and region that the intensity statistics look at
 
 Triple = tuple[float, float, float]
