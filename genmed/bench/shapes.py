@@ -30,7 +30,7 @@ from genmed.errors import GenMedError
 from genmed.files import write_bytes
 from genmed.mesh import surface
 from genmed.metrics import bootstrap_interval, dice, nsd
-from genmed.shape import Shape
+from genmed.shape import Shape, decode
 from genmed.shape_metrics import POINTS, chamfer, sample_surface, to_unit_box, uhd
 from genmed.shape_model import load_shapes
 from genmed.tasks.complete import Completion
@@ -182,7 +182,11 @@ def evaluate(
 
 def seen_of(truth: Shape, kind: str, seed: int) -> Bool[np.ndarray, "n n n"]:
     """Voxels that the cue of this kind and seed shows; all where it is points."""
-    return np.ones(truth.sdf.shape, bool) if kind == "noisy points" else draw(truth.distance, kind, seed).seen
+    if kind == "noisy points":
+        return np.ones(truth.sdf.shape, bool)
+    drawn = draw(decode(truth.sdf), kind, seed)
+    x, y, z = (slice(first, first + len(truth.sdf)) for first in drawn.first)
+    return drawn.seen[x, y, z]
 
 
 def score(found: Sequence[Shape], truth: Shape, seen: Bool[np.ndarray, "n n n"], cue: Cue) -> Scores:
