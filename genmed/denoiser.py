@@ -15,7 +15,8 @@ SHARPEST_LABEL_SIGMA = 0.2  # caps the label logits that the noisy voxel itself 
 class Denoiser(nn.Module):
     """D(z, σ) = E[z₀ | z₀ + σ n = z], the minimum mean-squared-error estimate of every field.
 
-    Continuous fields use the EDM preconditioning (Karras et al., arXiv 2206.00364, eq. 7) with σ_data = 1.
+    Continuous fields use the EDM preconditioning (Karras et al., arXiv 2206.00364, eq. 7) with σ_data = 1, or with one
+    of every channel if `sigma_data` is given, which is then stored with the weights.
     Categorical fields are ±1 channels. Their posterior mean is a softmax whose logits add what the noisy
     voxel says by itself, log N(z; e_c, σ²) = 2 z_c / σ² + constant, and what the network reads in its
     surroundings; trained with cross-entropy, the softmax is the exact denoiser.
@@ -27,13 +28,19 @@ class Denoiser(nn.Module):
     layer is `net.head`, one row of weights a channel.
     """
 
-    def __init__(self, fields: Fields, net: nn.Module, sigma_max: float) -> None:
+    sigma_data: Tensor
+
+    def __init__(
+        self, fields: Fields, net: nn.Module, sigma_max: float, sigma_data: Float[Tensor, " c"] | None = None
+    ) -> None:
         super().__init__()
+        scales = torch.ones(fields.channels) if sigma_data is None else sigma_data
+        self.register_buffer("sigma_data", scales[:, None, None, None], persistent=sigma_data is not None)
         self.fields = fields
         self.sigma_max = sigma_max
         self.net = net
         for field in fields:
-            if field.kind == "continuous":  # start as the Wiener filter of unit variance
+            if field.kind == "continuous":  # start as the Wiener filter
                 nn.init.zeros_(net.head.weight.data[fields.slice(field.name)])  # type: ignore
 
     def forward(
@@ -63,16 +70,18 @@ class Denoiser(nn.Module):
         does in the padding of a whole scan.
         """
         sigma_map = sigma if sigma.ndim == 5 else sigma[..., None, None, None]
-        c_in = (sigma_map**2 + 1).rsqrt() * (sigma_map < self.sigma_max)
+        spread = self.fields.spread
+        c_in = (spread(sigma_map) ** 2 + self.sigma_data**2).rsqrt() * spread(sigma_map < self.sigma_max)
         log_sigma = sigma_map.clamp(min=SMALLEST_SIGMA).log() / 4
-        seen = torch.cat([z * self.fields.spread(c_in), log_sigma.expand(-1, -1, *z.shape[2:])], dim=1)
+        seen = torch.cat([z * c_in, log_sigma.expand(-1, -1, *z.shape[2:])], dim=1)
         raw = self.net(seen if inside is None else seen * inside, log_sigma.amax(dim=(2, 3, 4))).float()
         result = {}
         for field in self.fields:
             channels, index = self.fields.slice(field.name), self.fields.index(field.name)
             level = sigma_map[:, index : index + 1]
             if field.kind == "continuous":
-                c_skip, c_out = 1 / (level**2 + 1), level * (level**2 + 1).rsqrt()
+                scale = self.sigma_data[channels]
+                c_skip, c_out = scale**2 / (level**2 + scale**2), level * scale * (level**2 + scale**2).rsqrt()
                 result[field.name] = c_skip * z[:, channels] + c_out * raw[:, channels]
             else:
                 own_voxel = 2 * z[:, channels] / level.clamp(min=SHARPEST_LABEL_SIGMA) ** 2

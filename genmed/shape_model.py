@@ -4,7 +4,9 @@
     z = model.fields.join({"shape": codes, "size": size, "text": text})
 
 `shape` are the codes of the linear autoencoder, `size` the standardised logarithm of the cube's voxel in mm, `text`
-a whitened projection of the sentence embedding. All have unit variance and lie along the channels of (b, c, 1, 1, 1).
+a whitened projection of the sentence embedding. All lie along the channels of (b, c, 1, 1, 1). Size and text have unit
+variance. Codes keep the spectrum of shapes, so that noise hides details before it hides what the shape is; their
+deviations are the denoiser's `sigma_data`, that of the first is `FIRST`.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from genmed.nets.mlp import MLP
 EMBEDDING = 384  # numbers of a sentence embedding
 SHARD_BYTES = 11_500_000
 MODES, MODES_SCALE = "autoencoder.modes", "autoencoder.modes_scale"  # tensors of the model folder
+FIRST = 10.0  # standard deviation of the first code
 KNOWN_SIZE = 4.0  # standard deviations of log voxel_mm within which the model has an opinion
 
 
@@ -148,9 +151,8 @@ def build_shapes_model(plan: ShapePlan) -> ShapeModel:
     joint = shape_fields(plan.modes, plan.text_channels)
     net = MLP(joint.channels + len(joint), joint.channels, plan.width, plan.blocks, conditions=len(joint))
     autoencoder = LinearAutoencoder(plan.side, plan.modes)
-    return ShapeModel(
-        plan, Denoiser(joint, net, plan.sigma_max), autoencoder, nn.Linear(EMBEDDING, plan.text_channels)
-    )
+    denoiser = Denoiser(joint, net, plan.sigma_max, torch.ones(joint.channels))
+    return ShapeModel(plan, denoiser, autoencoder, nn.Linear(EMBEDDING, plan.text_channels))
 
 
 # Folders --------------------------------------------------------------------------------------------------

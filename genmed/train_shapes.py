@@ -26,7 +26,7 @@ from genmed.hub import Card
 from genmed.loss import LOG_SIGMA
 from genmed.nets.autoencoder import LinearAutoencoder, lower, principal_components
 from genmed.shape import decode
-from genmed.shape_model import ShapeModel, ShapePlan, build_shapes_model, save_shapes
+from genmed.shape_model import FIRST, ShapeModel, ShapePlan, build_shapes_model, save_shapes
 from genmed.train import fit, wall_minutes
 
 MIXTURE = {"equal": 0.25, "independent": 0.15, "text": 0.3, "no text": 0.2, "retrieval": 0.1}
@@ -196,7 +196,8 @@ class ShapeLoss(nn.Module):
 
     *equal* levels; *independent* levels; *text* clean and shape and size noisy; *no text*: hidden, so that the model
     also knows shapes alone (classifier-free, arXiv 2207.12598); *retrieval*: shape clean and text noisy. A size that
-    is not known is hidden and does not count.
+    is not known is hidden and does not count. Squared errors, of shapes those of their distances, are relative to what
+    the best estimate would leave if fields were Gaussian.
     """
 
     def __init__(self, model: Denoiser) -> None:
@@ -218,10 +219,12 @@ class ShapeLoss(nn.Module):
         truth = fields.split(z0)
         losses = {}
         for name, weight in (("shape", 1.0), ("size", 0.2), ("text", 0.2)):
-            level = sigma[:, fields.index(name), None]
-            counts = (level > 0) & ~(unknown[:, None] & (name == "size"))
-            error = (outputs[name] - truth[name]).flatten(1) ** 2 * (1 + level**2) / level.clamp(min=1e-3) ** 2
-            losses[name] = weight * (error * counts).mean()
+            level = sigma[:, fields.index(name), None].clamp(min=1e-3)
+            scale = self.model.sigma_data[fields.slice(name)].flatten()
+            counts = (sigma[:, fields.index(name)] > 0) & ~(unknown & (name == "size"))
+            error = ((outputs[name] - truth[name]).flatten(1) ** 2).mean(1)
+            of_gaussian = (level**2 * scale**2 / (level**2 + scale**2)).mean(1)
+            losses[name] = weight * (error / of_gaussian * counts).mean()
         return {"loss": sum(losses.values(), torch.zeros(())), **losses}  # type: ignore[dict-item]
 
 
@@ -294,6 +297,8 @@ def prepare(
     """The untrained model with its autoencoder and text projection, and the bank of training shapes."""
     rows, x, weights = training_shapes(data, min(SIDE, data.size))
     autoencoder = fit_autoencoder(x, weights, modes, seed)
+    spectrum = FIRST * autoencoder.deviation / autoencoder.deviation[0]
+    autoencoder.deviation.copy_(autoencoder.deviation[0] / FIRST)  # codes keep their spectrum
     codes = torch.stack([autoencoder.encode(versions(x, v, seed)) for v in range(VERSIONS)], dim=1)
     log_mm = torch.tensor([np.log(row.voxel_mm) if row.extent_mm is not None else np.nan for row in rows]).float()
     known = log_mm[~log_mm.isnan()]
@@ -319,6 +324,7 @@ def prepare(
         source=", ".join(sorted({row.source for row in rows})), seed=seed,
     )  # fmt: skip
     model = dataclasses.replace(build_shapes_model(plan), autoencoder=autoencoder, projection=projection)
+    model.denoiser.sigma_data[model.fields.slice("shape")] = spectrum[:, None, None, None]
     group = tuple(tuple(groups[row.category, row.side]) for row in rows)
     bank = Bank(codes, model.size_of(log_mm), projection(embeddings), captions, group, weights)
     return model, bank

@@ -180,7 +180,8 @@ def energy(z0: Float[Tensor, "b c 1 1 1"], posed: Posed) -> Float[Tensor, " b"]:
     meet it, and the second part decides.
     """
     fields = posed.model.fields
-    prior = sum((z0[:, fields.slice(name)].flatten(1) ** 2).sum(1) for name in ("shape", "size"))
+    standardised = z0 / posed.model.denoiser.sigma_data
+    prior = sum((standardised[:, fields.slice(name)].flatten(1) ** 2).sum(1) for name in ("shape", "size"))
     return posed.cost(z0) + prior
 
 
