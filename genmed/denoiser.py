@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from genmed.fields import Fields, image_and_label
+from genmed.nets.mixture import Mixture
 from genmed.nets.unet import UNet
 from genmed.plan import Plan
 
@@ -16,7 +17,8 @@ class Denoiser(nn.Module):
     """D(z, σ) = E[z₀ | z₀ + σ n = z], the minimum mean-squared-error estimate of every field.
 
     Continuous fields use the EDM preconditioning (Karras et al., arXiv 2206.00364, eq. 7) with σ_data = 1, or with one
-    of every channel if `sigma_data` is given, which is then stored with the weights.
+    of every channel if `sigma_data` is given, which is then stored with the weights. A `prior` takes the place of the
+    Gaussian in the latter case: the network sees what it estimates, and learns what it does not know.
     Categorical fields are ±1 channels. Their posterior mean is a softmax whose logits add what the noisy
     voxel says by itself, log N(z; e_c, σ²) = 2 z_c / σ² + constant, and what the network reads in its
     surroundings; trained with cross-entropy, the softmax is the exact denoiser.
@@ -31,9 +33,15 @@ class Denoiser(nn.Module):
     sigma_data: Tensor
 
     def __init__(
-        self, fields: Fields, net: nn.Module, sigma_max: float, sigma_data: Float[Tensor, " c"] | None = None
+        self,
+        fields: Fields,
+        net: nn.Module,
+        sigma_max: float,
+        sigma_data: Float[Tensor, " c"] | None = None,
+        prior: Mixture | None = None,
     ) -> None:
         super().__init__()
+        self.prior = prior
         scales = torch.ones(fields.channels) if sigma_data is None else sigma_data
         self.register_buffer("sigma_data", scales[:, None, None, None], persistent=sigma_data is not None)
         self.fields = fields
@@ -73,7 +81,12 @@ class Denoiser(nn.Module):
         spread = self.fields.spread
         c_in = (spread(sigma_map) ** 2 + self.sigma_data**2).rsqrt() * spread(sigma_map < self.sigma_max)
         log_sigma = sigma_map.clamp(min=SMALLEST_SIGMA).log() / 4
-        seen = torch.cat([z * c_in, log_sigma.expand(-1, -1, *z.shape[2:])], dim=1)
+        views, known = [z * c_in], None
+        if self.prior is not None:
+            level = spread(sigma_map).flatten(1)
+            known = self.prior(z.flatten(1), level, (level >= self.sigma_max).float())[..., None, None, None]
+            views.append(known / self.sigma_data)
+        seen = torch.cat([*views, log_sigma.expand(-1, -1, *z.shape[2:])], dim=1)
         raw = self.net(seen if inside is None else seen * inside, log_sigma.amax(dim=(2, 3, 4))).float()
         result = {}
         for field in self.fields:
@@ -82,7 +95,8 @@ class Denoiser(nn.Module):
             if field.kind == "continuous":
                 scale = self.sigma_data[channels]
                 c_skip, c_out = scale**2 / (level**2 + scale**2), level * scale * (level**2 + scale**2).rsqrt()
-                result[field.name] = c_skip * z[:, channels] + c_out * raw[:, channels]
+                skipped = c_skip * z[:, channels] if known is None else known[:, channels]
+                result[field.name] = skipped + c_out * raw[:, channels]
             else:
                 own_voxel = 2 * z[:, channels] / level.clamp(min=SHARPEST_LABEL_SIGMA) ** 2
                 result[field.name] = raw[:, channels] + own_voxel

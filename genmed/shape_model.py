@@ -6,7 +6,8 @@
 `shape` are the codes of the linear autoencoder, `size` the standardised logarithm of the cube's voxel in mm, `text`
 a whitened projection of the sentence embedding. All lie along the channels of (b, c, 1, 1, 1). Size and text have unit
 variance. Codes keep the spectrum of shapes, so that noise hides details before it hides what the shape is; their
-deviations are the denoiser's `sigma_data`, that of the first is `FIRST`.
+deviations are the denoiser's `sigma_data`, that of the first is `FIRST`. The denoiser starts from a mixture of one Gaussian
+for every category and side, and one of all shapes.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from genmed.denoiser import Denoiser
 from genmed.errors import GenMedError
 from genmed.fields import Field, Fields
 from genmed.nets.autoencoder import LinearAutoencoder, from_bytes, to_bytes
+from genmed.nets.mixture import Mixture
 from genmed.nets.mlp import MLP
 
 EMBEDDING = 384  # numbers of a sentence embedding
@@ -53,6 +55,8 @@ class ShapePlan:
     blocks: int
     size_mean: float
     size_deviation: float
+    components: int = 1      # of the mixture of Gaussians that the denoiser starts from
+    rank: int = 1            # of their covariances
     batch: int = 128
     steps: int = 20_000
     learning_rate: float = 1e-3
@@ -65,7 +69,7 @@ class ShapePlan:
     format_version: int = 1
 
     def __post_init__(self) -> None:
-        for key in ("size", "side", "modes", "text_channels", "width", "blocks", "batch", "steps"):
+        for key in ("size", "side", "modes", "text_channels", "width", "blocks", "components", "rank", "batch", "steps"):
             value = getattr(self, key)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise GenMedError(f"plan key '{key}' must be a positive integer, but is {value!r}.")
@@ -149,9 +153,10 @@ def shape_fields(modes: int, text_channels: int) -> Fields:
 def build_shapes_model(plan: ShapePlan) -> ShapeModel:
     """The untrained model that a plan describes."""
     joint = shape_fields(plan.modes, plan.text_channels)
-    net = MLP(joint.channels + len(joint), joint.channels, plan.width, plan.blocks, conditions=len(joint))
+    net = MLP(2 * joint.channels + len(joint), joint.channels, plan.width, plan.blocks, conditions=len(joint))
+    prior = Mixture(plan.components, plan.rank, plan.modes, 1 + plan.text_channels)
     autoencoder = LinearAutoencoder(plan.side, plan.modes)
-    denoiser = Denoiser(joint, net, plan.sigma_max, torch.ones(joint.channels))
+    denoiser = Denoiser(joint, net, plan.sigma_max, torch.ones(joint.channels), prior)
     return ShapeModel(plan, denoiser, autoencoder, nn.Linear(EMBEDDING, plan.text_channels))
 
 

@@ -25,6 +25,7 @@ from genmed.errors import GenMedError
 from genmed.hub import Card
 from genmed.loss import LOG_SIGMA
 from genmed.nets.autoencoder import LinearAutoencoder, lower, principal_components
+from genmed.nets.mixture import Mixture
 from genmed.shape import decode
 from genmed.shape_model import FIRST, ShapeModel, ShapePlan, build_shapes_model, save_shapes
 from genmed.train import fit, wall_minutes
@@ -36,7 +37,10 @@ MIXED = 0.2         # probability that two shapes of a category are mixed
 BEND = 0.6          # of the largest deformation that does not fold
 TURN = 0.15         # radians, about every axis
 STEPS = 20_000
-SIDE, MODES, TEXT_CHANNELS, WIDTH, BLOCKS = 32, 448, 64, 512, 6
+RANK = 80           # of the covariance of a category
+ANYTHING = 0.02     # weight of the Gaussian of all shapes
+SIZE_FLOOR, TEXT_FLOOR = 0.02, 0.05  # added to variances, for shapes and words that training did not see
+SIDE, MODES, TEXT_CHANNELS, WIDTH, BLOCKS = 32, 400, 64, 512, 5
 OTHER_SIDE = {"left": "right", "right": "left"}
 
 
@@ -318,16 +322,36 @@ def prepare(
         name: tuple(sorted({row.side for row in rows if row.category == name and row.side in ("left", "right")}))
         for name in sorted({row.category for row in rows})
     }
+    rank = min(RANK, len(autoencoder.modes))
     plan = ShapePlan(
         out.name, categories, data.size, autoencoder.side, len(autoencoder.modes), TEXT_CHANNELS, width, blocks,
-        mean, deviation, batch, steps, licence="; ".join(sorted({row.licence for row in rows})),
+        mean, deviation, len(groups) + 1, rank, batch, steps, licence="; ".join(sorted({row.licence for row in rows})),
         source=", ".join(sorted({row.source for row in rows})), seed=seed,
     )  # fmt: skip
     model = dataclasses.replace(build_shapes_model(plan), autoencoder=autoencoder, projection=projection)
     model.denoiser.sigma_data[model.fields.slice("shape")] = spectrum[:, None, None, None]
     group = tuple(tuple(groups[row.category, row.side]) for row in rows)
     bank = Bank(codes, model.size_of(log_mm), projection(embeddings), captions, group, weights)
+    fit_mixture(model.denoiser.prior, bank)  # type: ignore[arg-type]
     return model, bank
+
+
+def fit_mixture(mixture: Mixture, bank: Bank) -> None:
+    """A Gaussian of every category and side, and one of all shapes; deformed copies count for half."""
+    groups = sorted(set(bank.group))
+    everything = tuple(range(len(bank.codes)))
+    shares = [(1 - ANYTHING) * float(bank.weights[list(group)].sum()) for group in groups]
+    for number, (group, share) in enumerate(zip([*groups, everything], [*shares, ANYTHING], strict=True)):
+        rows = list(group)
+        codes = bank.codes[rows]
+        weights = bank.weights[rows, None].repeat(1, codes.shape[1])
+        weights[:, 1:] /= 2 * (codes.shape[1] - 1)
+        size = bank.size[rows]
+        size = size[~size.isnan()] if len(size[~size.isnan()]) > 1 else torch.tensor([-1.0, 1.0])
+        text = torch.cat([bank.text[list(bank.captions[i])] for i in rows])
+        mean = torch.cat([size.mean()[None], text.mean(0)])
+        variance = torch.cat([size.var()[None] + SIZE_FLOOR, text.var(0, correction=0) + TEXT_FLOOR])
+        mixture.fit(number, codes.flatten(0, 1), weights.flatten(), mean, variance, share)
 
 
 @torch.no_grad()

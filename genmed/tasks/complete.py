@@ -27,6 +27,7 @@ STEPS = 16      # noise levels of a trajectory
 TRIED = 6       # trajectories from different poses for each sample; those that miss the cue least are kept
 START_SIGMA = 10.0
 POSED_BELOW = 1.0  # noise level from which poses are fitted: louder estimates are blurred, and seem too small
+BLUR = 0.3      # noise level at which trajectories are compared
 RELAX = 1.0     # of the guide's line search
 LENGTH = 4.0    # voxels: how far what a sample missed of the cue is believed to reach
 AMPLITUDE = 1.0
@@ -174,15 +175,15 @@ def generate(
 
 
 def energy(z0: Float[Tensor, "b c 1 1 1"], posed: Posed) -> Float[Tensor, " b"]:
-    """By how much a trajectory misses the cue, and how far its shape and size are from the middle of all shapes.
+    """By how much a trajectory misses the cue, and how unusual its shape and size are.
 
-    Minus twice the logarithm of the posterior if codes were Gaussian. Where the cue leaves much open, all trajectories
-    meet it, and the second part decides.
+    Minus twice the logarithm of the posterior under the mixture that the denoiser starts from, blurred by `BLUR`. Where
+    the cue leaves much open, all trajectories meet it, and the second part decides.
     """
-    fields = posed.model.fields
-    standardised = z0 / posed.model.denoiser.sigma_data
-    prior = sum((standardised[:, fields.slice(name)].flatten(1) ** 2).sum(1) for name in ("shape", "size"))
-    return posed.cost(z0) + prior
+    denoiser = posed.model.denoiser
+    hidden = torch.zeros(z0.shape[:2])
+    hidden[:, denoiser.fields.slice("text")] = 1
+    return posed.cost(z0) - 2 * denoiser.prior.log_density(z0.flatten(1), torch.full_like(hidden, BLUR), hidden)
 
 
 def honoured(volume: Float[Tensor, "b 1 n n n"], posed: Posed) -> Float[Tensor, "b 1 n n n"]:
