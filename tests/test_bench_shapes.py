@@ -216,7 +216,50 @@ def test_settings_of_the_statistical_model_are_chosen_once(
     assert chosen_pca(lab)[0].modes == 3
     monkeypatch.setattr(shape_solvers, "TUNE_KINDS", ("one plane",))
     assert chosen_pca(lab)[0].modes != 3
+    kept = json.loads((tmp_path / "pca.json").read_text())
+    kept["settings"]["modes"] = 3
+    (tmp_path / "pca.json").write_text(json.dumps(kept))
+    monkeypatch.setattr(shape_solvers, "VERSION", shape_solvers.VERSION + 1)
+    assert chosen_pca(lab)[0].modes != 3
     assert set(PCA_CHOICES) == set(QUICK)
+
+
+def test_rows_of_an_older_version_are_not_used(
+    folder: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab = Lab(read_shapes(folder), load_shapes(model), tmp_path)
+    before = {name: solver.key for name, solver in solvers(lab, ["genmed", "interpolation", "nearest"]).items()}
+    monkeypatch.setattr(shape_solvers, "VERSION", shape_solvers.VERSION + 1)
+    after = solvers(lab, list(before))
+    assert all(after[name].key != key for name, key in before.items())
+
+
+def test_the_conditioned_peer_is_told_version_and_minutes_and_gets_as_many_samples(
+    folder: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, object] = {}
+    drawn: list[tuple[int, bool]] = []
+
+    class Peer:
+        sha256, guidance, minutes, steps = "weights", 1.5, 7.0, 10
+
+        def complete(self, cue, samples, *, gp=False):  # type: ignore[no-untyped-def]
+            drawn.append((samples, gp))
+            return [lab.data.shape(0)]
+
+    def fake(data, model, folder, minutes, score, *, version):  # type: ignore[no-untyped-def]
+        asked.update(minutes=minutes, version=version, score=score(Peer()))
+        return Peer()
+
+    monkeypatch.setattr(shape_solvers, "conditioned", fake)
+    lab = Lab(read_shapes(folder), load_shapes(model), tmp_path, minutes=7.0)
+    found = solvers(lab, ["conditioned", "conditioned-gp"])
+    assert asked["minutes"] == 7.0 and asked["version"] == shape_solvers.VERSION and 0 <= asked["score"] < 1
+    assert set(drawn) == {(shape_solvers.SAMPLES, False)} and len(drawn) == len(lab.tune)
+    drawn.clear()
+    for solver in found.values():
+        solver.complete(lab.tune[0][0], lab.tune[0][2])
+    assert drawn == [(shape_solvers.SAMPLES, False), (shape_solvers.SAMPLES, True)]
 
 
 def test_what_is_told_is_left_out_where_it_is_unknown(data: ShapeDataset) -> None:

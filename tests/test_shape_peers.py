@@ -1,5 +1,6 @@
 """Peers that complete shapes: exact answers, and nothing seen of what was not shown."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tiny_shapes import RADII, ellipsoid, ellipsoid_distance, write_shapes
 from genmed.bench import shape_conditioned
 from genmed.bench.cues import KINDS, draw_cue
 from genmed.bench.shape_conditioned import (
+    GUIDANCE,
     UNSEEN,
     Conditioned,
     ConditionedLoss,
@@ -23,6 +25,7 @@ from genmed.bench.shape_conditioned import (
     in_box,
     in_world,
     picture_of,
+    version_of,
 )
 from genmed.bench.shape_peers import (
     Interpolation,
@@ -38,10 +41,11 @@ from genmed.cue import Cue, cue_of_labels, spline, thinned, with_sides
 from genmed.data.shapes import ShapeDataset, read_shapes
 from genmed.errors import GenMedError
 from genmed.nets.autoencoder import principal_components
-from genmed.pose import first_poses
+from genmed.pose import Posed, first_poses
 from genmed.shape import Shape, decode, encode
 from genmed.shape_model import ShapeModel, ShapePlan, build_shapes_model
-from genmed.tasks.complete import Completion
+from genmed.tasks.complete import TRIED, Completion
+from genmed.train_shapes import versions
 from genmed.volume import Grid
 
 SIDE = 32
@@ -84,6 +88,12 @@ def exact_cue(shape: Shape) -> Cue:
 def kidney(centre: tuple[float, float, float] = (30.0, -12.0, 5.0)) -> Shape:
     sdf, voxel_mm = ellipsoid(np.array(RADII["kidney"]) * np.array([1.1, 0.9, 1.0]) * 55, SIDE)
     return Shape(sdf, voxel_mm, centre)
+
+
+def lopsided(shape: Shape) -> Shape:
+    """The shape without most of its half of high x."""
+    x = np.indices(shape.sdf.shape)[0] - (len(shape.sdf) / 2 + 0.5)
+    return replace(shape, sdf=encode(np.maximum(shape.distance, x)))
 
 
 # Statistical models ---------------------------------------------------------------------------------------
@@ -190,7 +200,7 @@ def peer(data: ShapeDataset, ours: ShapeModel, tmp_path_factory: pytest.TempPath
     folder = tmp_path_factory.mktemp("runs") / "conditioned"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shape_conditioned, "TRAINING_STEPS", 250)
-        return conditioned(data, ours, folder, 10.0, lambda peer: -peer.guidance, count=240), folder
+        return conditioned(data, ours, folder, 10.0, lambda peer: -peer.guidance, version=2, count=240), folder
 
 
 def test_a_trained_peer_completes_and_is_not_trained_again(
@@ -206,7 +216,7 @@ def test_a_trained_peer_completes_and_is_not_trained_again(
     assert overlap(found, truth) > max(0.5, overlap(blank.complete(cue, 2), truth))
     assert overlap(trained.complete(cue, 2, gp=True), truth) > overlap(found, truth)
     monkeypatch.setattr(shape_conditioned, "fit", None)
-    again = conditioned(data, ours, folder, 10.0, lambda peer: 1 / 0)
+    again = conditioned(data, ours, folder, 10.0, lambda peer: 1 / 0, version=2, count=240)
     assert again.sha256 == trained.sha256
     np.testing.assert_array_equal(again.complete(cue, 2)[1].sdf, found[1].sdf)
 
@@ -215,21 +225,140 @@ def test_a_training_that_ended_before_its_guidance_was_chosen_is_not_repeated(
     data: ShapeDataset, ours: ShapeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shape_conditioned, "TRAINING_STEPS", 3)
+    asked: list[float] = []
 
     def killed(peer: Conditioned) -> float:
-        raise KeyboardInterrupt
+        asked.append(peer.guidance)
+        if len(asked) == 3:  # the trained weights first, then each guidance
+            raise KeyboardInterrupt
+        return 0.0
 
     with pytest.raises(KeyboardInterrupt):
-        conditioned(data, ours, tmp_path, 10.0, killed, count=12)
+        conditioned(data, ours, tmp_path, 10.0, killed, version=2, count=12)
+    assert asked == [GUIDANCE[0], *GUIDANCE[:2]]
     weights = (tmp_path / "weights.safetensors").read_bytes()
     monkeypatch.setattr(shape_conditioned, "draw_batch", None)
-    assert conditioned(data, ours, tmp_path, 10.0, lambda peer: peer.guidance, count=12).guidance == 3.0
+    assert conditioned(data, ours, tmp_path, 10.0, lambda peer: peer.guidance, version=2, count=12).guidance == 3.0
     assert (tmp_path / "weights.safetensors").read_bytes() == weights
 
 
-def test_another_model_is_refused(peer: tuple[Conditioned, Path], data: ShapeDataset, ours: ShapeModel) -> None:
-    with pytest.raises(GenMedError, match="other shapes or another model"):
-        conditioned(data, replace(ours, sha256="another"), peer[1], 1.0, lambda peer: 0.0)
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"sha256": "another"}, "other shapes or another model"),
+        ({"minutes": 40.0}, "trained for 10 minutes, not 40"),
+        ({"version": 3}, "another version"),
+        ({"count": 12}, "another version"),
+    ],
+)
+def test_a_peer_of_something_else_is_refused(
+    peer: tuple[Conditioned, Path], data: ShapeDataset, ours: ShapeModel, changed: dict, words: str
+) -> None:
+    asked = {"sha256": ours.sha256, "minutes": 10.0, "version": 2, "count": 240} | changed
+    model = replace(ours, sha256=asked["sha256"])
+    with pytest.raises(GenMedError, match=words) as caught:
+        conditioned(data, model, peer[1], asked["minutes"], lambda peer: 0.0, version=asked["version"],
+                    count=asked["count"])  # fmt: skip
+    assert "\n" not in str(caught.value) and "--runs" in str(caught.value)
+
+
+def test_a_peer_from_before_versions_is_refused(data: ShapeDataset, ours: ShapeModel, tmp_path: Path) -> None:
+    of = {"index": shape_conditioned.sha256_of(data.folder / "index.parquet"), "model": ours.sha256}
+    (tmp_path / "training.json").write_text(json.dumps({"of": of, "minutes": 9.0, "steps": 5, "guidance": 1.0}))
+    with pytest.raises(GenMedError, match="another version"):
+        conditioned(data, ours, tmp_path, 10.0, lambda peer: 0.0, version=2)
+
+
+def test_the_best_weights_are_kept_and_looking_for_them_costs_no_training(
+    data: ShapeDataset, ours: ShapeModel, tmp_path: Path
+) -> None:
+    now, weights = [0.0], []
+
+    def clock() -> float:
+        now[0] += 0.01
+        return now[0]
+
+    def score(peer: Conditioned) -> float:
+        now[0] += 7.0
+        weights.append(peer.network.state_dict())
+        return -float(len(weights) - 2) ** 2  # the second look is the best
+
+    found = conditioned(data, ours, tmp_path, 1.0, score, version=2, count=12, clock=clock)
+    curve = [json.loads(line)["dice"] for line in (tmp_path / "curve.jsonl").read_text().splitlines()]
+    assert curve[:4] == [-1.0, 0.0, -1.0, -4.0]
+    assert found.steps > 20 and found.minutes == pytest.approx(1.0, abs=0.05)
+    for name, tensor in found.network.state_dict().items():
+        torch.testing.assert_close(tensor, weights[1][name], rtol=0, atol=0)
+    assert any(not torch.equal(weights[1][name], weights[3][name]) for name in weights[1])
+
+
+@pytest.mark.parametrize("kind", ["one plane", "redundant"])
+def test_with_a_gaussian_process_the_draws_that_miss_least_are_kept(
+    peer: tuple[Conditioned, Path], data: ShapeDataset, kind: str
+) -> None:
+    cue = draw_cue(data.shape(data.part("tune")[0]), kind, 0)
+    drawn, kept = peer[0].complete(cue, 2 * TRIED), peer[0].complete(cue, 2, gp=True)
+    costs = []
+    for shape in drawn:
+        centre = np.array(shape.origin_mm) + shape.voxel_mm * 7.5
+        pose = torch.from_numpy(np.append(centre, np.log(shape.voxel_mm))).float()[None]
+        volume = torch.from_numpy(shape.distance)[None, None]
+        missed = (Posed(peer[0].model, cue, pose).misses(volume) * shape.voxel_mm) ** 2
+        unit_mm = np.mean([other.voxel_mm for other in drawn])
+        missed = missed / unit_mm**2
+        costs.append(float((missed.log1p() if cue.doubtful else missed).sum()))
+    best = np.argsort(costs)[:2]
+    assert [shape.voxel_mm for shape in kept] == pytest.approx([drawn[k].voxel_mm for k in best])
+    assert len(peer[0].complete(cue, 2)) == len(kept) == 2 and min(best) + max(best) != 1
+
+
+def test_noisy_points_get_sides_before_they_are_honoured(
+    peer: tuple[Conditioned, Path], data: ShapeDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cue = draw_cue(data.shape(data.part("tune")[0]), "noisy points", 0)
+    cues: list[Cue] = []
+    monkeypatch.setattr(
+        shape_conditioned, "Posed", lambda model, cue, poses: cues.append(cue) or Posed(model, cue, poses)
+    )
+    peer[0].complete(cue, 1, gp=True, seed=3)
+    assert len(cues) == 1
+    np.testing.assert_array_equal(cues[0].points_mm, with_sides(cue, 3).points_mm)
+    assert len(cues[0].points_mm) > len(cue.points_mm)
+
+
+def test_copies_are_those_of_our_training() -> None:
+    x, _ = ellipsoids(3)
+    for number in (0, 1, 11):
+        for i, every in enumerate(versions(x, number, 5)):
+            assert torch.equal(version_of(x[i], i, number, 5), every)
+
+
+def test_a_mirrored_cue_is_the_cue_of_the_mirrored_shape(data: ShapeDataset) -> None:
+    shape = lopsided(data.shape(0))
+    seen = np.indices(shape.sdf.shape)[1] < 9
+    other = replace(shape, sdf=shape.sdf[::-1].copy())
+    one, two = whole_cue(shape, seen), whole_cue(other, seen)
+    np.testing.assert_array_equal(picture_of(two), picture_of(one)[::-1])
+    np.testing.assert_allclose(in_box(two, other), in_box(one, shape) * [-1, 1, 1, 1], atol=1e-9)
+    codes = torch.arange(6.0).view(3, 2)
+    cues = {
+        "codes": codes, "mirrored": torch.cat([-codes[:2], torch.full((1, 2), torch.nan)]),
+        "pose": torch.from_numpy(in_box(one, shape)).float().expand(3, 4),
+        "picture": torch.from_numpy(picture_of(one)).expand(3, -1, -1, -1), "facts": torch.zeros(3, 2),
+    }  # fmt: skip
+    batch = draw_batch(cues, 600, 0, 0)
+    turned = (batch.codes < 0).any(dim=1)
+    assert 0.25 < turned.float().mean() < 0.42 and not batch.codes.isnan().any()  # two of three shapes, half of them
+    torch.testing.assert_close(batch.pose[turned][0], torch.from_numpy(in_box(two, other)).float())
+    np.testing.assert_array_equal(batch.picture[turned][0], picture_of(two))
+    np.testing.assert_array_equal(batch.picture[~turned][0], picture_of(one))
+
+
+def test_only_left_and_right_are_mirrored(data: ShapeDataset, ours: ShapeModel, tmp_path: Path) -> None:
+    sides = tuple(replace(row, side="" if row.category == "femur" else row.side) for row in data.rows)
+    cues = drawn_cues(replace(data, rows=sides), ours, tmp_path / "cues.safetensors", 24)
+    alike = cues["mirrored"].isnan().all(dim=1)
+    assert 0 < alike.sum() < len(alike) and not cues["mirrored"][~alike].isnan().any()
 
 
 def test_a_box_and_back(data: ShapeDataset) -> None:

@@ -287,6 +287,15 @@ def _rows(basis: Float[Tensor, "n3 k"], q: Float[Tensor, "m 3"], model: ShapeMod
     return F.embedding_bag(flat, basis, per_sample_weights=weights, mode="sum")
 
 
+def missed_by(posed: Posed, volumes: Float[Tensor, "b 1 n n n"], poses: Float[Tensor, "b 4"]) -> Float[Tensor, " b"]:
+    """By how much every shape at its pose misses the cue, squared, in units that are the same for all.
+
+    In voxels of their own, larger cubes would miss less. Where the cue is doubtful, no point counts for much.
+    """
+    square = (posed.misses(volumes, poses) * poses[:, 3:].exp() / posed.unit_mm) ** 2
+    return (torch.log1p(square) if posed.cue.doubtful else square).sum(dim=1)
+
+
 # The nearest training shape -------------------------------------------------------------------------------
 
 
