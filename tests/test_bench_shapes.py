@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from scipy.spatial import cKDTree
 from test_cli import failed_in_one_line
 from tiny_shapes import write_shapes
 from typer.testing import CliRunner
@@ -15,14 +16,24 @@ from typer.testing import CliRunner
 from genmed.bench import generation, shape_solvers, shapes
 from genmed.bench.cases import stratified
 from genmed.bench.cues import KINDS, draw_cue
-from genmed.bench.generation import Drawn, rank_correlations, reconstructions, retrieval
+from genmed.bench.generation import (
+    Drawn,
+    Yardstick,
+    cloud,
+    nearest_of,
+    rank_correlations,
+    reconstructions,
+    retrieval,
+    training_clouds,
+)
 from genmed.bench.shape_solvers import METHODS, PCA_CHOICES, Lab, Solver, chosen_pca, solvers
 from genmed.bench.shapes import Row, chosen_shapes, macro_mean, read_rows, run, score, write_rows
 from genmed.cli import app
-from genmed.data.shapes import ShapeDataset, read_shapes
+from genmed.data.shapes import ShapeDataset, ShapeRow, read_shapes
 from genmed.errors import GenMedError
 from genmed.metrics import bootstrap_interval
 from genmed.shape import Shape
+from genmed.shape_metrics import nearest_training
 from genmed.shape_model import load_shapes
 from genmed.train_shapes import train_shapes
 
@@ -313,10 +324,43 @@ def test_the_generation_table_tells_copies(folder: Path, model: Path, tmp_path: 
     itself, copies = rows["reference"], rows["replay"]
     assert itself.cov == 100 and itself.one_nna == 0 and itself.mmd < rows["genmed-held-out"].mmd
     assert copies.nearest < itself.nearest and np.isnan(copies.rank)
+    assert "The Gaussian is told category and side only, GenMed the whole caption." in text
     assert "Shape to text" in text and "| mean | |" in text
     before = (tmp_path / "generation.csv").read_bytes()
     assert generation.run(folder, model, tmp_path, **options) == text
     assert (tmp_path / "generation.csv").read_bytes() == before
+
+
+def test_the_nearest_training_shape_may_be_a_mirror_image_of_the_other_side(data: ShapeDataset) -> None:
+    train = [i for i in data.part("train") if data.rows[i].category == "kidney"]
+    sides = {i: "right" if i in train[1:] else "left" for i in range(len(data))}
+    mixed = replace(data, rows=tuple(replace(row, side=sides[i]) for i, row in enumerate(data.rows)))
+    row = mixed.rows[train[0]]
+    clouds = training_clouds(mixed, row)
+    assert len(clouds) == len(train)
+    flipped = [cloud(data.shape(i), 20_000 + i) * [-1, 1, 1] for i in train[1:]]
+    np.testing.assert_array_equal(clouds, [cloud(data.shape(train[0]), 20_000 + train[0]), *flipped])
+    for side in ("left", ""):  # no training shape of the other side, or no side: nothing is mirrored
+        same = replace(data, rows=tuple(replace(row, side=side) for row in data.rows))
+        plain = [cloud(data.shape(i), 20_000 + i) for i in train]
+        np.testing.assert_array_equal(training_clouds(same, same.rows[train[0]]), plain)
+
+
+def test_the_quick_search_finds_the_same_distance_as_the_plain_one() -> None:
+    rng = np.random.default_rng(0)
+    clouds = [rng.normal(size=(50, 3)) * scale for scale in (1.0, 0.2, 1.3, 0.9, 1.1, 4.0)]
+    for points in (rng.normal(size=(50, 3)), 0.3 * rng.normal(size=(50, 3))):
+        trees = [(each, cKDTree(each)) for each in clouds]
+        assert nearest_of(points, trees) == pytest.approx(nearest_training([points], clouds)[0][0], rel=1e-12)
+
+
+def test_trees_of_training_shapes_are_built_once(data: ShapeDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    yardstick = Yardstick(data, data.part("report"))
+    calls: list[ShapeRow] = []
+    monkeypatch.setattr(generation, "training_clouds", lambda d, row: calls.append(row) or training_clouds(d, row))
+    first = yardstick.nearest(yardstick.clouds)
+    assert yardstick.nearest(yardstick.clouds) == first > 0
+    assert sorted(row.category for row in calls) == ["kidney", "spleen"]
 
 
 def test_names_are_found_from_shapes_better_than_by_chance(data: ShapeDataset, model: Path) -> None:

@@ -33,6 +33,7 @@ from genmed.bench.shape_peers import (
     Statistical,
     gauss_newton,
     gaussian_model,
+    missed_by,
     nearest,
     statistical,
     truncated,
@@ -181,6 +182,38 @@ def test_a_training_shape_is_its_own_nearest(data: ShapeDataset) -> None:
         np.testing.assert_array_equal(told[0].sdf, found.sdf)
 
 
+def test_the_mirror_image_of_a_training_shape_is_found(data: ShapeDataset, tmp_path: Path) -> None:
+    """Of left shapes that are lopsided, the right ones are found, and the shapes themselves as they are."""
+    odd = write_shapes(tmp_path / "set")
+    path = odd / "shards" / "0000.npy"
+    np.save(path, np.stack([lopsided(data.shape(i)).sdf for i in range(len(data))]))
+    peer = nearest(read_shapes(odd))
+    for i in peer.data.part("train")[::9]:
+        for sdf in (peer.data.stored(i), peer.data.stored(i)[::-1]):
+            truth = Shape(sdf.copy(), peer.data.rows[i].voxel_mm, (40.0, -30.0, 7.0))
+            (found,) = peer.complete(whole_cue(truth), None)
+            sides = [np.argwhere(shape.sdf < 0)[:, 0].mean() < 7.5 for shape in (found, truth)]
+            assert overlap((found,), truth) > 0.85 and sides[0] == sides[1]
+
+
+def test_shapes_without_a_side_have_no_mirror_image(data: ShapeDataset) -> None:
+    sides = tuple(replace(row, side="left" if row.category == "kidney" else "") for row in data.rows)
+    peer = nearest(replace(data, rows=sides))
+    turned = [peer.data.rows[i].category for i, mirrored in zip(peer.numbers, peer.mirrored, strict=True) if mirrored]
+    assert len(turned) == 10 and set(turned) == {"kidney"} and len(peer.numbers) == 40
+
+
+def test_a_large_pose_does_not_make_a_miss_smaller() -> None:
+    cue = whole_cue(kidney())
+    x = torch.from_numpy(kidney().distance)[None, None].expand(2, -1, -1, -1, -1)
+    centre = first_poses(cue, SIDE, 1)[0]
+    poses = torch.stack([centre, centre + torch.tensor([0.0, 0.0, 0.0, 1.0])])
+    far = replace(cue, points_mm=cue.points_mm * 0 + 1e4, lower_mm=cue.lower_mm * 0, upper_mm=cue.upper_mm * 0)
+    posed = Posed(gaussian_model(*ellipsoids(3), torch.ones(3), SIDE), far, poses)
+    small, large = missed_by(posed, x, poses)
+    assert float(large / small) == pytest.approx(1.0, rel=0.05)  # in mm, the point is as far from either
+
+
 # The conditioned diffusion --------------------------------------------------------------------------------
 
 
@@ -281,7 +314,7 @@ def test_the_best_weights_are_kept_and_looking_for_them_costs_no_training(
     def score(peer: Conditioned) -> float:
         now[0] += 7.0
         weights.append(peer.network.state_dict())
-        return -float(len(weights) - 2) ** 2  # the second look is the best
+        return -(float(len(weights) - 2) ** 2)  # the second look is the best
 
     found = conditioned(data, ours, tmp_path, 1.0, score, version=2, count=12, clock=clock)
     curve = [json.loads(line)["dice"] for line in (tmp_path / "curve.jsonl").read_text().splitlines()]

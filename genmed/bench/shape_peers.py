@@ -301,10 +301,11 @@ def missed_by(posed: Posed, volumes: Float[Tensor, "b 1 n n n"], poses: Float[Te
 
 @dataclass(frozen=True, eq=False)
 class Nearest:
-    """Training shapes, and averages of them over 16³ voxels to compare quickly."""
+    """Training shapes and mirror images of left and right ones, and averages over 16³ voxels to compare quickly."""
 
     data: ShapeDataset
     numbers: tuple[int, ...]
+    mirrored: tuple[bool, ...]
     coarse: Float[Tensor, "n 1 c c c"]
     size_mean: float
     size_deviation: float
@@ -313,10 +314,12 @@ class Nearest:
     def complete(self, cue: Cue, told: Told, seed: int = 0) -> tuple[Shape, ...]:
         """The training shape, of the category if it is told, that misses the cue least after its pose was fitted."""
         places = [k for k, i in enumerate(self.numbers) if told is None or self.data.rows[i].category == told[0]]
-        numbers, coarse = [self.numbers[k] for k in places], self.coarse[places]
-        first, poses = self._shortlist(cue, coarse, seed)
-        shortlist = [numbers[k] for k in first.tolist()]
-        model = self._model(lowered(self.data, shortlist, min(SIDE, self.data.size)))
+        first, poses = self._shortlist(cue, self.coarse[places], seed)
+        places = [places[k] for k in first.tolist()]
+        shortlist = [self.numbers[k] for k in places]
+        x = lowered(self.data, shortlist, min(SIDE, self.data.size))
+        turned = torch.tensor([self.mirrored[k] for k in places])[:, None, None, None, None]
+        model = self._model(torch.where(turned, x.flip(2), x))
         log_mm = torch.tensor([np.log(self.data.rows[i].voxel_mm) for i in shortlist]).float()
         one_hot = torch.cat([torch.eye(len(shortlist)), model.size_of(log_mm)[:, None]], dim=1)
         z0 = F.pad(one_hot, (0, model.plan.text_channels))[..., None, None, None]
@@ -324,16 +327,14 @@ class Nearest:
         for _ in range(POSE_CALLS):
             posed(z0)
         best = int(posed.cost(z0).argmin())
-        return (shape_at(self.data.sdf(shortlist[best]), posed.pose[best].numpy()),)
+        sdf = self.data.sdf(shortlist[best])
+        return (shape_at(sdf[::-1] if self.mirrored[places[best]] else sdf, posed.pose[best].numpy()),)
 
     def _shortlist(self, cue: Cue, coarse: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         """Places of the shapes that miss the cue least at one of the first poses, and that pose."""
         poses = first_poses(cue, self.data.size, COARSE_POSES, seed)
         posed = Posed(self._model(coarse[:1]), thinned(cue, COARSE_POINTS, seed), poses)
-        costs = []
-        for pose in poses:
-            missed = posed.misses(coarse, pose.expand(len(coarse), -1)) ** 2
-            costs.append((torch.log1p(missed) if cue.doubtful else missed).sum(1))
+        costs = [missed_by(posed, coarse, pose.expand(len(coarse), -1)) for pose in poses]
         cost, which = torch.stack(costs, dim=1).min(dim=1)
         order = cost.argsort()[:SHORTLIST]
         return order, poses[which[order]]
@@ -348,11 +349,16 @@ class Nearest:
 
 
 def nearest(data: ShapeDataset) -> Nearest:
-    """The training part."""
+    """The training part, mirror images included."""
     numbers = data.part("train")
-    log_mm = np.array([np.log(data.rows[i].voxel_mm) for i in numbers])
-    coarse = lowered(data, numbers, COARSE)
-    return Nearest(data, numbers, coarse, float(log_mm.mean()), max(float(log_mm.std()), 0.05))
+    rows, coarse, _ = training_shapes(data, COARSE)
+    place = {data.ids[i]: i for i in numbers}
+    log_mm = np.array([np.log(row.voxel_mm) for row in rows])
+    mirrored = tuple(k >= len(numbers) for k in range(len(rows)))
+    return Nearest(
+        data, tuple(place[row.id] for row in rows), mirrored, coarse,
+        float(log_mm.mean()), max(float(log_mm.std()), 0.05),
+    )  # fmt: skip
 
 
 # Interpolation --------------------------------------------------------------------------------------------
