@@ -27,10 +27,23 @@ from genmed.bench.generation import (
     training_clouds,
 )
 from genmed.bench.shape_solvers import METHODS, PCA_CHOICES, Lab, Solver, chosen_pca, solvers
-from genmed.bench.shapes import Row, chosen_shapes, macro_mean, read_rows, run, score, write_rows
+from genmed.bench.shapes import (
+    FAILED,
+    Row,
+    chosen_shapes,
+    evaluate,
+    macro_mean,
+    on_cube,
+    read_rows,
+    run,
+    score,
+    truth_of,
+    write_rows,
+)
 from genmed.cli import app
 from genmed.data.shapes import ShapeDataset, ShapeRow, read_shapes
 from genmed.errors import GenMedError
+from genmed.guide import Diverged
 from genmed.metrics import bootstrap_interval
 from genmed.shape import Shape
 from genmed.shape_metrics import nearest_training
@@ -94,9 +107,9 @@ def test_other_parts_and_no_shapes_are_refused(data: ShapeDataset, part: str, co
 def test_scores_of_the_truth_and_of_worse_ones_are_in_order(data: ShapeDataset) -> None:
     truth = data.shape(0)
     cue, seen = draw_cue(truth, "three planes", 0), np.ones(truth.sdf.shape, bool)
-    exact = score([truth], truth, seen, cue)
+    exact = score([truth], truth_of(truth), seen, cue)
     moved = replace(truth, origin_mm=tuple(o + 2 * truth.voxel_mm for o in truth.origin_mm))
-    worse = score([moved], truth, seen, cue)
+    worse = score([moved], truth_of(truth), seen, cue)
     assert exact.dice == exact.nsd == 1.0 and 0 < exact.cd < 1 and exact.uhd < 12  # samples of one surface differ
     assert worse.dice < 0.8 and worse.cd > 3 * exact.cd and worse.uhd > exact.uhd and worse.nsd < 0.9
 
@@ -110,16 +123,41 @@ def test_what_lies_beyond_the_truths_cube_counts(data: ShapeDataset) -> None:
     for factor in (1.5, 2.0):
         voxel_mm = factor * truth.voxel_mm
         grown = Shape(truth.sdf, voxel_mm, tuple((centre - voxel_mm * 7.5).tolist()))
-        scores.append(score([grown], truth, seen, cue))
+        scores.append(score([grown], truth_of(truth), seen, cue))
     exact = [2 / (1 + factor**3) for factor in (1.5, 2.0)]
     np.testing.assert_allclose([s.dice for s in scores], exact, atol=0.02)
     assert scores[1].cd > scores[0].cd > 0
 
 
+def test_a_piece_apart_counts_that_touches_no_side_of_the_truths_cube(data: ShapeDataset) -> None:
+    truth = data.shape(0)
+    away = replace(truth, origin_mm=(truth.origin_mm[0] + 21 * truth.voxel_mm, *truth.origin_mm[1:]))
+    distance, margin = on_cube([away], truth)
+    assert 8 < margin <= 16
+    assert (distance < 0).sum() == (truth.sdf < 0).sum() > 0
+    cue, seen = draw_cue(truth, "three planes", 0), np.ones(truth.sdf.shape, bool)
+    found = score([away], truth_of(truth), seen, cue)
+    assert found.dice == 0 and found.cd > 100 * (21 / 13) ** 2 / 2
+    assert on_cube([truth], truth)[1] == 0
+
+
+def test_both_pieces_of_a_prediction_count(data: ShapeDataset) -> None:
+    truth = data.shape(0)
+    n = data.size
+    wide = np.full((3 * n, n, n), 127, np.int8)
+    wide[:n], wide[n : 2 * n] = truth.sdf, truth.sdf
+    sdf = np.full((3 * n,) * 3, 127, np.int8)
+    sdf[:, n : 2 * n, n : 2 * n] = wide
+    origin = (truth.origin_mm[0], *(o - n * truth.voxel_mm for o in truth.origin_mm[1:]))
+    twice = Shape(sdf, truth.voxel_mm, origin)
+    found = score([twice], truth_of(truth), np.ones((n,) * 3, bool), draw_cue(truth, "three planes", 0))
+    assert found.dice == pytest.approx(2 / 3, abs=0.01)
+
+
 def test_a_prediction_of_nothing_has_scores(data: ShapeDataset) -> None:
     truth = data.shape(0)
     nothing = replace(truth, sdf=np.full_like(truth.sdf, 127))
-    found = score([nothing], truth, np.ones(truth.sdf.shape, bool), draw_cue(truth, "one plane", 0))
+    found = score([nothing], truth_of(truth), np.ones(truth.sdf.shape, bool), draw_cue(truth, "one plane", 0))
     assert found.dice == found.nsd == 0.0 and found.cd > 1 and found.uhd > 20
 
 
@@ -129,7 +167,7 @@ def test_uhd_asks_only_for_what_was_seen(data: ShapeDataset) -> None:
     cut = replace(truth, sdf=np.where(half, truth.sdf, 127).astype(np.int8))
     cue = draw_cue(truth, "half missing", 0)
     below = np.indices(half.shape)[2] < 6
-    far, near = (score([cut], truth, seen, cue).uhd for seen in (np.ones_like(half), below))
+    far, near = (score([cut], truth_of(truth), seen, cue).uhd for seen in (np.ones_like(half), below))
     assert near < 12 < far
 
 
@@ -147,6 +185,19 @@ def rows_of(values: dict[str, list[float]], method: str = "genmed") -> list[Row]
 def test_categories_count_the_same_however_many_shapes_they_have() -> None:
     rows = rows_of({"a": [1.0] * 9, "b": [0.0]})
     assert macro_mean(rows, [row.dice for row in rows]) == pytest.approx(0.5)
+
+
+def test_data_sets_count_the_same_in_a_line_of_their_own() -> None:
+    rows = rows_of({"a": [1.0] * 9, "b": [0.4], "c": [0.3, 0.5]})
+    rows = [row._replace(source="other" if row.category == "a" else "made") for row in rows]
+    table = shapes.score_table(rows, ["one plane"], ["genmed"], "dice")
+    assert "| one plane | **0.600" in table and "| mean over data sets | **0.700" in table
+    same = shapes.score_table([row._replace(source="made") for row in rows], ["one plane"], ["genmed"], "dice")
+    assert "mean over data sets" not in same
+    text = shapes.report({row.place: row for row in rows}, ["one plane"], ["genmed"], "report", {})
+    headline = text.split("## made")[0]
+    assert headline.count("mean over data sets") == len(shapes.METRICS) == text.count("mean over data sets")
+    assert "mean of the UHD of each" in headline
 
 
 def test_weights_of_a_bootstrap_are_those_of_repeated_values() -> None:
@@ -189,7 +240,7 @@ def test_a_run_goes_on_where_it_was_killed(
         def solver(name: str, solver: Solver) -> Solver:
             def complete(cue, row):  # type: ignore[no-untyped-def]
                 calls.append(name)
-                if len(calls) == 5:
+                if len(calls) == 5:  # the second shape and cue, its second method
                     raise KeyboardInterrupt
                 return solver.complete(cue, row)
 
@@ -202,15 +253,46 @@ def test_a_run_goes_on_where_it_was_killed(
     with pytest.raises(KeyboardInterrupt):
         run(folder, model, tmp_path / "runs", tmp_path / "out", **options)
     first = list(read_rows(tmp_path / "out" / "shapes.csv").values())
-    assert len(first) == 4 and not (tmp_path / "out" / "table.md").exists()
+    assert len(first) == 3 and not (tmp_path / "out" / "table.md").exists()
     text = run(folder, model, tmp_path / "runs", tmp_path / "out", **options)
     again = read_rows(tmp_path / "out" / "shapes.csv")
-    assert len(calls) == 1 + 18 and len(again) == 18  # two shapes and an unseen one
+    assert len(calls) == 2 + 18 and len(again) == 18  # two shapes and an unseen one
     assert [again[row.place] for row in first] == first
     for words in ("# Completion of shapes, report part", "## made: mean", "## other: mean", "Unseen structure: femur"):
         assert words in text
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"shapes.csv", "table.md", "table.svg", "table.png"}
-    assert run(folder, model, tmp_path / "runs", tmp_path / "out", **options) == text and len(calls) == 19
+    assert run(folder, model, tmp_path / "runs", tmp_path / "out", **options) == text and len(calls) == 20
+
+
+def test_a_method_that_diverges_is_scored_and_the_others_go_on(data: ShapeDataset, tmp_path: Path) -> None:
+    def diverging(cue, row):  # type: ignore[no-untyped-def]
+        raise Diverged("left the range of the data")
+
+    solving = {"genmed": Solver("a", diverging), "nearest": Solver("b", lambda cue, row: [data.shape(0)])}
+    rows = evaluate(data, data.part("report")[:2], ["one plane"], solving, {}, tmp_path)
+    assert rows == read_rows(tmp_path / "shapes.csv") and len(rows) == 4
+    lost = [row for row in rows.values() if row.failed]
+    assert {row.method for row in lost} == {"genmed"} and len(lost) == 2
+    assert (lost[0].dice, lost[0].cd, lost[0].uhd, lost[0].nsd) == FAILED == (0.0, 600.0, 100 * 3**0.5, 0.0)
+    text = shapes.report(rows, ["one plane"], list(solving), "report", {})
+    assert "Without an answer (sampling diverged): GenMed 2 of 4 rows" in text
+    sound = {place: row for place, row in rows.items() if row.method == "nearest"}
+    assert "Every method gave an answer" in shapes.report(sound, ["one plane"], ["nearest"], "report", {})
+
+
+def test_what_is_known_of_the_truth_is_made_once_for_a_shape(
+    data: ShapeDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    truths: list[Shape] = []
+    written: list[int] = []
+    write = shapes.write_rows
+    monkeypatch.setattr(shapes, "truth_of", lambda shape: truths.append(shape) or truth_of(shape))
+    monkeypatch.setattr(shapes, "write_rows", lambda path, rows: written.append(len(rows)) or write(path, rows))
+    solving = {name: Solver(name, lambda cue, row: [data.shape(0)]) for name in ("genmed", "nearest", "interpolation")}
+    rows = evaluate(data, data.part("report")[:2], ["one plane", "redundant"], solving, {}, tmp_path)
+    assert len(truths) == 2 and written == [3, 6, 9, 12]
+    evaluate(data, data.part("report")[:2], ["one plane", "redundant"], solving, dict(rows), tmp_path)
+    assert len(truths) == 2 and len(written) == 4
 
 
 def test_settings_of_the_statistical_model_are_chosen_once(
