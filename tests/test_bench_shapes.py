@@ -26,6 +26,7 @@ from genmed.bench.generation import (
     retrieval,
     training_clouds,
 )
+from genmed.bench.shape_peers import statistical
 from genmed.bench.shape_solvers import METHODS, PCA_CHOICES, Lab, Solver, chosen_pca, solvers
 from genmed.bench.shapes import (
     FAILED,
@@ -93,6 +94,42 @@ def test_every_category_of_every_source_comes_before_any_comes_twice(data: Shape
     with_unseen = chosen_shapes(data, "report", 6)
     assert [data.rows[i].category for i in with_unseen[6:]] == ["femur", "femur"]
     assert all(data.rows[i].part == "tune" for i in chosen_shapes(data, "tune", 9))
+
+
+def test_categories_come_in_turns_over_sources_and_not_by_the_alphabet(data: ShapeDataset) -> None:
+    names = {"brain": [chr(97 + k) for k in range(15)], "heart": ["p", "q"], "atrium": ["z"]}
+    kinds = [(source, category) for source, every in names.items() for category in every for _ in range(2)]
+    rows = tuple(
+        replace(data.rows[0], id=f"s{k}", source=source, category=category, part="tune")
+        for k, (source, category) in enumerate(kinds)
+    )
+    many = replace(data, rows=rows)
+    chosen = [(rows[i].source, rows[i].category) for i in stratified(many, "tune", 36)]
+    assert [source for source, _ in chosen[:6]] == ["atrium", "brain", "heart", "brain", "heart", "brain"]
+    assert len(set(chosen[:18])) == 18 and len(chosen) == 36  # every category once, then twice
+    brain = [category for source, category in chosen[:8] if source == "brain"]
+    assert brain != sorted(names["brain"])[: len(brain)]
+    assert stratified(many, "tune", 7) == stratified(many, "tune", 36)[:7]
+
+
+def test_settings_are_chosen_on_a_doubtful_map_too(folder: Path, model: Path, tmp_path: Path) -> None:
+    cues = [cue for cue, _, _ in Lab(read_shapes(folder), load_shapes(model), tmp_path).tune]
+    assert any(cue.doubtful and (cue.lower_mm != 0).any() for cue in cues)
+    assert any(cue.doubtful and (cue.lower_mm == 0).all() for cue in cues) and not all(cue.doubtful for cue in cues)
+
+
+def test_statistical_models_are_fitted_once(
+    folder: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted: list[bool] = []
+    monkeypatch.setattr(
+        shape_solvers, "statistical", lambda data, sided: fitted.append(sided) or statistical(data, sided)
+    )
+    monkeypatch.setattr(shape_solvers, "TUNE_SHAPES", 2)
+    monkeypatch.setattr(shape_solvers, "PCA_CHOICES", {**QUICK, "sided": (False, True), "modes": (4,)})
+    monkeypatch.setattr(shape_solvers, "TUNE_KINDS", ("three planes",))
+    solvers(Lab(read_shapes(folder), load_shapes(model), tmp_path), ["pca", "pca-unknown"])
+    assert sorted(fitted) == [False, True]
 
 
 @pytest.mark.parametrize(("part", "count"), [("train", 5), ("report", 0)])
@@ -299,6 +336,7 @@ def test_settings_of_the_statistical_model_are_chosen_once(
     folder: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shape_solvers, "PCA_CHOICES", QUICK)
+    monkeypatch.setattr(shape_solvers, "TUNE_SHAPES", 2)
     monkeypatch.setattr(shape_solvers, "TUNE_KINDS", ("three planes",))
     lab = Lab(read_shapes(folder), load_shapes(model), tmp_path)
     settings, note = chosen_pca(lab)

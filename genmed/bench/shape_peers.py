@@ -211,12 +211,19 @@ class _Objective:
         bound = torch.minimum(torch.maximum(d, low), high)
         return (d - bound) * voxel / self.unit_mm, q, (bound.abs() >= far) * bound
 
-    def system(self, codes: Tensor, poses: Tensor) -> tuple[Float[Tensor, "b p p"], Float[Tensor, "b p"]]:
-        """Gauss-Newton Hessians and slopes by codes, centre in units and ln voxel_mm.
+    def share(self, poses: Float[Tensor, "b 4"]) -> Float[Tensor, " b"]:
+        """Precision of ln voxel_mm before the cue is seen; 0 where there is no opinion."""
+        known = (self.model.size_of(poses[:, 3]).abs() < KNOWN_SIZE).float()
+        return known / (self.model.plan.size_deviation**2 * (1 + SIZE_SIGMA**2))
+
+    def system(
+        self, codes: Tensor, poses: Tensor, posing: bool = False
+    ) -> tuple[Float[Tensor, "b p p"], Float[Tensor, "b p"]]:
+        """Gauss-Newton Hessians and slopes by codes (unless only `posing`), centre in units and ln voxel_mm.
 
         A miss in units is (voxel S(q) − bound) / unit, but for bounds that were clamped: they grow with the voxel.
         """
-        model, k = self.model, codes.shape[1]
+        model, k = self.model, 0 if posing else codes.shape[1]
         volume = model.autoencoder.decode(codes)
         missed, q, clamped = self.missed(volume, poses)
         step = torch.eye(3)
@@ -229,15 +236,16 @@ class _Objective:
         by_size = (d - clamped - (slope * q).sum(2)) * scale
         weight = ((1 + (missed / self.own) ** 2).rsqrt() if self.cue.doubtful else torch.ones_like(missed)) / self.sigma
         hessians, slopes = [], []
-        known = (model.size_of(poses[:, 3]).abs() < KNOWN_SIZE).float()
-        share = known / (model.plan.size_deviation**2 * (1 + SIZE_SIGMA**2))
+        share = self.share(poses)
         for b, pose in enumerate(poses):
             active = missed[b] != 0
             w = weight[b, active, None]
-            by_code = _rows(self.basis, q[b, active], model) * scale[b]
-            a = w * torch.cat([by_code, -slope[b, active], by_size[b, active, None]], dim=1)
+            columns = [-slope[b, active], by_size[b, active, None]]
+            if not posing:
+                columns.insert(0, _rows(self.basis, q[b, active], model) * scale[b])
+            a = w * torch.cat(columns, dim=1)
             inner = torch.cat([torch.full((k,), self.prior), torch.full((3,), 1e-3), share[b, None]])
-            pull = torch.cat([self.prior * codes[b], torch.zeros(3), share[b] * (pose[3:] - model.plan.size_mean)])
+            pull = torch.cat([self.prior * codes[b, :k], torch.zeros(3), share[b] * (pose[3:] - model.plan.size_mean)])
             hessians.append(a.T @ a + torch.diag(inner))
             slopes.append(a.T @ (w[:, 0] * missed[b, active]) + pull)
         return torch.stack(hessians), torch.stack(slopes)
@@ -249,15 +257,15 @@ def gauss_newton(
 ) -> Fit:
     """Damped Gauss-Newton steps of codes and poses together; the first ones are of the poses alone.
 
-    The evidence is Laplace's approximation: the objective and the logarithm of the determinant of its Hessian.
+    The evidence is Laplace's approximation: the objective, the logarithm of the determinant of its Hessian, and minus
+    those of the precisions of codes and size before the cue was seen (one of 0 says nothing).
     """
     objective, k = _Objective(model, cue, prior), codes.shape[1]
     damping = torch.full((len(codes),), 1e-2)
     cost = objective.cost(codes, poses)
     for iteration in range(iterations + POSE_STEPS):
-        hessian, slope = objective.system(codes, poses)
-        if alone := iteration < POSE_STEPS:
-            hessian, slope = hessian[:, k:, k:], slope[:, k:]
+        alone = iteration < POSE_STEPS
+        hessian, slope = objective.system(codes, poses, posing=alone)
         ridge = torch.diag_embed(damping[:, None] * hessian.diagonal(dim1=1, dim2=2))
         move = -torch.linalg.solve(hessian + ridge, slope)
         move = move * (STRIDE / move[:, -4:].abs().clamp(min=1e-9)).clamp(max=1).amin(1, True)
@@ -270,7 +278,9 @@ def gauss_newton(
         poses = torch.where(better[:, None], poses + place, poses)
         cost = torch.where(better, after, cost)
         damping = torch.where(better, damping / 4, damping * 8).clamp(1e-4, 1e3)
+    share = objective.share(poses)
     logarithm = torch.logdet(objective.system(codes, poses)[0]) - k * float(np.log(prior))
+    logarithm = logarithm - torch.where(share > 0, share, 1.0).log()
     return Fit(model, codes, poses, cost, cost + logarithm)
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -30,7 +30,7 @@ from genmed.tasks.complete import STEPS, TRIED, Completion, complete
 VERSION = 2  # raise it whenever cues, peers or scores change: nothing of an older one is used again
 SAMPLES = 4  # of ours and of the conditioned peer, averaged
 TUNE_SHAPES = 12
-TUNE_KINDS = ("one plane", "three planes", "half missing", "noisy points")
+TUNE_KINDS = ("one plane", "three planes", "half missing", "redundant", "noisy points")
 PCA_CHOICES: dict[str, tuple[Any, ...]] = {  # chosen one after the other, the first values to start with
     "sided": (False, True),
     "modes": (60, 30, 120, 200),
@@ -93,6 +93,11 @@ class Lab:
         if (minutes := self.minutes or own) is None:
             raise GenMedError("the model does not tell the minutes of its training; give --minutes.")
         return minutes
+
+    @cached_property
+    def statistical(self) -> Callable[[bool], Statistical]:
+        """The statistical models with left and right apart, or together; each is fitted once."""
+        return cache(partial(statistical, self.data))
 
     @cached_property
     def tune(self) -> list[TuneCue]:
@@ -173,7 +178,7 @@ def _conditioned(lab: Lab) -> dict[str, Solver]:
 
 def _pca(lab: Lab) -> dict[str, Solver]:
     settings, note = chosen_pca(lab)
-    peer = statistical(lab.data, settings.sided).under(settings)
+    peer = lab.statistical(settings.sided).under(settings)
     key = asdict(settings)
 
     def told(cue: Cue, row: ShapeRow) -> Sequence[Shape]:
@@ -198,15 +203,14 @@ def chosen_pca(lab: Lab) -> tuple[PcaSettings, str]:
         if kept["of"] == wanted:
             return PcaSettings(**kept["settings"]), kept["note"]
     tune = lab.tune
-    models = {sided: statistical(lab.data, sided) for sided in PCA_CHOICES["sided"]}
     settings = PcaSettings(**{name: values[0] for name, values in PCA_CHOICES.items()})
 
     def told(settings: PcaSettings) -> float:
-        peer = models[settings.sided].under(settings)
+        peer = lab.statistical(settings.sided).under(settings)
         return mean_dice(tune, lambda cue, row: peer.complete(cue, (row.category, row.side)))
 
     def untold(settings: PcaSettings) -> float:
-        return mean_dice(tune, _untold(models[settings.sided].under(settings)))
+        return mean_dice(tune, _untold(lab.statistical(settings.sided).under(settings)))
 
     best = told(settings)
     for name, values in PCA_CHOICES.items():
