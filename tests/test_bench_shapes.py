@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from scipy.spatial import cKDTree
 from test_cli import failed_in_one_line
 from tiny_shapes import write_shapes
 from typer.testing import CliRunner
@@ -15,14 +16,38 @@ from typer.testing import CliRunner
 from genmed.bench import generation, shape_solvers, shapes
 from genmed.bench.cases import stratified
 from genmed.bench.cues import KINDS, draw_cue
-from genmed.bench.generation import Drawn, rank_correlations, reconstructions, retrieval
+from genmed.bench.generation import (
+    Drawn,
+    Yardstick,
+    cloud,
+    nearest_of,
+    rank_correlations,
+    reconstructions,
+    retrieval,
+    training_clouds,
+)
+from genmed.bench.shape_peers import statistical
 from genmed.bench.shape_solvers import METHODS, PCA_CHOICES, Lab, Solver, chosen_pca, solvers
-from genmed.bench.shapes import Row, chosen_shapes, macro_mean, read_rows, run, score, write_rows
+from genmed.bench.shapes import (
+    FAILED,
+    Row,
+    chosen_shapes,
+    evaluate,
+    macro_mean,
+    on_cube,
+    read_rows,
+    run,
+    score,
+    truth_of,
+    write_rows,
+)
 from genmed.cli import app
-from genmed.data.shapes import ShapeDataset, read_shapes
+from genmed.data.shapes import ShapeDataset, ShapeRow, read_shapes
 from genmed.errors import GenMedError
+from genmed.guide import Diverged
 from genmed.metrics import bootstrap_interval
 from genmed.shape import Shape
+from genmed.shape_metrics import nearest_training
 from genmed.shape_model import load_shapes
 from genmed.train_shapes import train_shapes
 
@@ -71,6 +96,42 @@ def test_every_category_of_every_source_comes_before_any_comes_twice(data: Shape
     assert all(data.rows[i].part == "tune" for i in chosen_shapes(data, "tune", 9))
 
 
+def test_categories_come_in_turns_over_sources_and_not_by_the_alphabet(data: ShapeDataset) -> None:
+    names = {"brain": [chr(97 + k) for k in range(15)], "heart": ["p", "q"], "atrium": ["z"]}
+    kinds = [(source, category) for source, every in names.items() for category in every for _ in range(2)]
+    rows = tuple(
+        replace(data.rows[0], id=f"s{k}", source=source, category=category, part="tune")
+        for k, (source, category) in enumerate(kinds)
+    )
+    many = replace(data, rows=rows)
+    chosen = [(rows[i].source, rows[i].category) for i in stratified(many, "tune", 36)]
+    assert [source for source, _ in chosen[:6]] == ["atrium", "brain", "heart", "brain", "heart", "brain"]
+    assert len(set(chosen[:18])) == 18 and len(chosen) == 36  # every category once, then twice
+    brain = [category for source, category in chosen[:8] if source == "brain"]
+    assert brain != sorted(names["brain"])[: len(brain)]
+    assert stratified(many, "tune", 7) == stratified(many, "tune", 36)[:7]
+
+
+def test_settings_are_chosen_on_a_doubtful_map_too(folder: Path, model: Path, tmp_path: Path) -> None:
+    cues = [cue for cue, _, _ in Lab(read_shapes(folder), load_shapes(model), tmp_path).tune]
+    assert any(cue.doubtful and (cue.lower_mm != 0).any() for cue in cues)
+    assert any(cue.doubtful and (cue.lower_mm == 0).all() for cue in cues) and not all(cue.doubtful for cue in cues)
+
+
+def test_statistical_models_are_fitted_once(
+    folder: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted: list[bool] = []
+    monkeypatch.setattr(
+        shape_solvers, "statistical", lambda data, sided: fitted.append(sided) or statistical(data, sided)
+    )
+    monkeypatch.setattr(shape_solvers, "TUNE_SHAPES", 2)
+    monkeypatch.setattr(shape_solvers, "PCA_CHOICES", {**QUICK, "sided": (False, True), "modes": (4,)})
+    monkeypatch.setattr(shape_solvers, "TUNE_KINDS", ("three planes",))
+    solvers(Lab(read_shapes(folder), load_shapes(model), tmp_path), ["pca", "pca-unknown"])
+    assert sorted(fitted) == [False, True]
+
+
 @pytest.mark.parametrize(("part", "count"), [("train", 5), ("report", 0)])
 def test_other_parts_and_no_shapes_are_refused(data: ShapeDataset, part: str, count: int) -> None:
     with pytest.raises(GenMedError, match=r"choose tune or report|1 or more"):
@@ -83,9 +144,9 @@ def test_other_parts_and_no_shapes_are_refused(data: ShapeDataset, part: str, co
 def test_scores_of_the_truth_and_of_worse_ones_are_in_order(data: ShapeDataset) -> None:
     truth = data.shape(0)
     cue, seen = draw_cue(truth, "three planes", 0), np.ones(truth.sdf.shape, bool)
-    exact = score([truth], truth, seen, cue)
+    exact = score([truth], truth_of(truth), seen, cue)
     moved = replace(truth, origin_mm=tuple(o + 2 * truth.voxel_mm for o in truth.origin_mm))
-    worse = score([moved], truth, seen, cue)
+    worse = score([moved], truth_of(truth), seen, cue)
     assert exact.dice == exact.nsd == 1.0 and 0 < exact.cd < 1 and exact.uhd < 12  # samples of one surface differ
     assert worse.dice < 0.8 and worse.cd > 3 * exact.cd and worse.uhd > exact.uhd and worse.nsd < 0.9
 
@@ -99,16 +160,41 @@ def test_what_lies_beyond_the_truths_cube_counts(data: ShapeDataset) -> None:
     for factor in (1.5, 2.0):
         voxel_mm = factor * truth.voxel_mm
         grown = Shape(truth.sdf, voxel_mm, tuple((centre - voxel_mm * 7.5).tolist()))
-        scores.append(score([grown], truth, seen, cue))
+        scores.append(score([grown], truth_of(truth), seen, cue))
     exact = [2 / (1 + factor**3) for factor in (1.5, 2.0)]
     np.testing.assert_allclose([s.dice for s in scores], exact, atol=0.02)
     assert scores[1].cd > scores[0].cd > 0
 
 
+def test_a_piece_apart_counts_that_touches_no_side_of_the_truths_cube(data: ShapeDataset) -> None:
+    truth = data.shape(0)
+    away = replace(truth, origin_mm=(truth.origin_mm[0] + 21 * truth.voxel_mm, *truth.origin_mm[1:]))
+    distance, margin = on_cube([away], truth)
+    assert 8 < margin <= 16
+    assert (distance < 0).sum() == (truth.sdf < 0).sum() > 0
+    cue, seen = draw_cue(truth, "three planes", 0), np.ones(truth.sdf.shape, bool)
+    found = score([away], truth_of(truth), seen, cue)
+    assert found.dice == 0 and found.cd > 100 * (21 / 13) ** 2 / 2
+    assert on_cube([truth], truth)[1] == 0
+
+
+def test_both_pieces_of_a_prediction_count(data: ShapeDataset) -> None:
+    truth = data.shape(0)
+    n = data.size
+    wide = np.full((3 * n, n, n), 127, np.int8)
+    wide[:n], wide[n : 2 * n] = truth.sdf, truth.sdf
+    sdf = np.full((3 * n,) * 3, 127, np.int8)
+    sdf[:, n : 2 * n, n : 2 * n] = wide
+    origin = (truth.origin_mm[0], *(o - n * truth.voxel_mm for o in truth.origin_mm[1:]))
+    twice = Shape(sdf, truth.voxel_mm, origin)
+    found = score([twice], truth_of(truth), np.ones((n,) * 3, bool), draw_cue(truth, "three planes", 0))
+    assert found.dice == pytest.approx(2 / 3, abs=0.01)
+
+
 def test_a_prediction_of_nothing_has_scores(data: ShapeDataset) -> None:
     truth = data.shape(0)
     nothing = replace(truth, sdf=np.full_like(truth.sdf, 127))
-    found = score([nothing], truth, np.ones(truth.sdf.shape, bool), draw_cue(truth, "one plane", 0))
+    found = score([nothing], truth_of(truth), np.ones(truth.sdf.shape, bool), draw_cue(truth, "one plane", 0))
     assert found.dice == found.nsd == 0.0 and found.cd > 1 and found.uhd > 20
 
 
@@ -118,7 +204,7 @@ def test_uhd_asks_only_for_what_was_seen(data: ShapeDataset) -> None:
     cut = replace(truth, sdf=np.where(half, truth.sdf, 127).astype(np.int8))
     cue = draw_cue(truth, "half missing", 0)
     below = np.indices(half.shape)[2] < 6
-    far, near = (score([cut], truth, seen, cue).uhd for seen in (np.ones_like(half), below))
+    far, near = (score([cut], truth_of(truth), seen, cue).uhd for seen in (np.ones_like(half), below))
     assert near < 12 < far
 
 
@@ -136,6 +222,19 @@ def rows_of(values: dict[str, list[float]], method: str = "genmed") -> list[Row]
 def test_categories_count_the_same_however_many_shapes_they_have() -> None:
     rows = rows_of({"a": [1.0] * 9, "b": [0.0]})
     assert macro_mean(rows, [row.dice for row in rows]) == pytest.approx(0.5)
+
+
+def test_data_sets_count_the_same_in_a_line_of_their_own() -> None:
+    rows = rows_of({"a": [1.0] * 9, "b": [0.4], "c": [0.3, 0.5]})
+    rows = [row._replace(source="other" if row.category == "a" else "made") for row in rows]
+    table = shapes.score_table(rows, ["one plane"], ["genmed"], "dice")
+    assert "| one plane | **0.600" in table and "| mean over data sets | **0.700" in table
+    same = shapes.score_table([row._replace(source="made") for row in rows], ["one plane"], ["genmed"], "dice")
+    assert "mean over data sets" not in same
+    text = shapes.report({row.place: row for row in rows}, ["one plane"], ["genmed"], "report", {})
+    headline = text.split("## made")[0]
+    assert headline.count("mean over data sets") == len(shapes.METRICS) == text.count("mean over data sets")
+    assert "mean of the UHD of each" in headline
 
 
 def test_weights_of_a_bootstrap_are_those_of_repeated_values() -> None:
@@ -178,7 +277,7 @@ def test_a_run_goes_on_where_it_was_killed(
         def solver(name: str, solver: Solver) -> Solver:
             def complete(cue, row):  # type: ignore[no-untyped-def]
                 calls.append(name)
-                if len(calls) == 5:
+                if len(calls) == 5:  # the second shape and cue, its second method
                     raise KeyboardInterrupt
                 return solver.complete(cue, row)
 
@@ -191,21 +290,53 @@ def test_a_run_goes_on_where_it_was_killed(
     with pytest.raises(KeyboardInterrupt):
         run(folder, model, tmp_path / "runs", tmp_path / "out", **options)
     first = list(read_rows(tmp_path / "out" / "shapes.csv").values())
-    assert len(first) == 4 and not (tmp_path / "out" / "table.md").exists()
+    assert len(first) == 3 and not (tmp_path / "out" / "table.md").exists()
     text = run(folder, model, tmp_path / "runs", tmp_path / "out", **options)
     again = read_rows(tmp_path / "out" / "shapes.csv")
-    assert len(calls) == 1 + 18 and len(again) == 18  # two shapes and an unseen one
+    assert len(calls) == 2 + 18 and len(again) == 18  # two shapes and an unseen one
     assert [again[row.place] for row in first] == first
     for words in ("# Completion of shapes, report part", "## made: mean", "## other: mean", "Unseen structure: femur"):
         assert words in text
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"shapes.csv", "table.md", "table.svg", "table.png"}
-    assert run(folder, model, tmp_path / "runs", tmp_path / "out", **options) == text and len(calls) == 19
+    assert run(folder, model, tmp_path / "runs", tmp_path / "out", **options) == text and len(calls) == 20
+
+
+def test_a_method_that_diverges_is_scored_and_the_others_go_on(data: ShapeDataset, tmp_path: Path) -> None:
+    def diverging(cue, row):  # type: ignore[no-untyped-def]
+        raise Diverged("left the range of the data")
+
+    solving = {"genmed": Solver("a", diverging), "nearest": Solver("b", lambda cue, row: [data.shape(0)])}
+    rows = evaluate(data, data.part("report")[:2], ["one plane"], solving, {}, tmp_path)
+    assert rows == read_rows(tmp_path / "shapes.csv") and len(rows) == 4
+    lost = [row for row in rows.values() if row.failed]
+    assert {row.method for row in lost} == {"genmed"} and len(lost) == 2
+    assert (lost[0].dice, lost[0].cd, lost[0].uhd, lost[0].nsd) == FAILED == (0.0, 600.0, 100 * 3**0.5, 0.0)
+    text = shapes.report(rows, ["one plane"], list(solving), "report", {})
+    assert "Without an answer (sampling diverged): GenMed 2 of 4 rows" in text
+    sound = {place: row for place, row in rows.items() if row.method == "nearest"}
+    assert "Every method gave an answer" in shapes.report(sound, ["one plane"], ["nearest"], "report", {})
+
+
+def test_what_is_known_of_the_truth_is_made_once_for_a_shape(
+    data: ShapeDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    truths: list[Shape] = []
+    written: list[int] = []
+    write = shapes.write_rows
+    monkeypatch.setattr(shapes, "truth_of", lambda shape: truths.append(shape) or truth_of(shape))
+    monkeypatch.setattr(shapes, "write_rows", lambda path, rows: written.append(len(rows)) or write(path, rows))
+    solving = {name: Solver(name, lambda cue, row: [data.shape(0)]) for name in ("genmed", "nearest", "interpolation")}
+    rows = evaluate(data, data.part("report")[:2], ["one plane", "redundant"], solving, {}, tmp_path)
+    assert len(truths) == 2 and written == [3, 6, 9, 12]
+    evaluate(data, data.part("report")[:2], ["one plane", "redundant"], solving, dict(rows), tmp_path)
+    assert len(truths) == 2 and len(written) == 4
 
 
 def test_settings_of_the_statistical_model_are_chosen_once(
     folder: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shape_solvers, "PCA_CHOICES", QUICK)
+    monkeypatch.setattr(shape_solvers, "TUNE_SHAPES", 2)
     monkeypatch.setattr(shape_solvers, "TUNE_KINDS", ("three planes",))
     lab = Lab(read_shapes(folder), load_shapes(model), tmp_path)
     settings, note = chosen_pca(lab)
@@ -216,7 +347,50 @@ def test_settings_of_the_statistical_model_are_chosen_once(
     assert chosen_pca(lab)[0].modes == 3
     monkeypatch.setattr(shape_solvers, "TUNE_KINDS", ("one plane",))
     assert chosen_pca(lab)[0].modes != 3
+    kept = json.loads((tmp_path / "pca.json").read_text())
+    kept["settings"]["modes"] = 3
+    (tmp_path / "pca.json").write_text(json.dumps(kept))
+    monkeypatch.setattr(shape_solvers, "VERSION", shape_solvers.VERSION + 1)
+    assert chosen_pca(lab)[0].modes != 3
     assert set(PCA_CHOICES) == set(QUICK)
+
+
+def test_rows_of_an_older_version_are_not_used(
+    folder: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab = Lab(read_shapes(folder), load_shapes(model), tmp_path)
+    before = {name: solver.key for name, solver in solvers(lab, ["genmed", "interpolation", "nearest"]).items()}
+    monkeypatch.setattr(shape_solvers, "VERSION", shape_solvers.VERSION + 1)
+    after = solvers(lab, list(before))
+    assert all(after[name].key != key for name, key in before.items())
+
+
+def test_the_conditioned_peer_is_told_version_and_minutes_and_gets_as_many_samples(
+    folder: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, object] = {}
+    drawn: list[tuple[int, bool]] = []
+
+    class Peer:
+        sha256, guidance, minutes, steps = "weights", 1.5, 7.0, 10
+
+        def complete(self, cue, samples, *, gp=False):  # type: ignore[no-untyped-def]
+            drawn.append((samples, gp))
+            return [lab.data.shape(0)]
+
+    def fake(data, model, folder, minutes, score, *, version):  # type: ignore[no-untyped-def]
+        asked.update(minutes=minutes, version=version, score=score(Peer()))
+        return Peer()
+
+    monkeypatch.setattr(shape_solvers, "conditioned", fake)
+    lab = Lab(read_shapes(folder), load_shapes(model), tmp_path, minutes=7.0)
+    found = solvers(lab, ["conditioned", "conditioned-gp"])
+    assert asked["minutes"] == 7.0 and asked["version"] == shape_solvers.VERSION and 0 <= asked["score"] < 1
+    assert set(drawn) == {(shape_solvers.SAMPLES, False)} and len(drawn) == len(lab.tune)
+    drawn.clear()
+    for solver in found.values():
+        solver.complete(lab.tune[0][0], lab.tune[0][2])
+    assert drawn == [(shape_solvers.SAMPLES, False), (shape_solvers.SAMPLES, True)]
 
 
 def test_what_is_told_is_left_out_where_it_is_unknown(data: ShapeDataset) -> None:
@@ -270,10 +444,43 @@ def test_the_generation_table_tells_copies(folder: Path, model: Path, tmp_path: 
     itself, copies = rows["reference"], rows["replay"]
     assert itself.cov == 100 and itself.one_nna == 0 and itself.mmd < rows["genmed-held-out"].mmd
     assert copies.nearest < itself.nearest and np.isnan(copies.rank)
+    assert "The Gaussian is told category and side only, GenMed the whole caption." in text
     assert "Shape to text" in text and "| mean | |" in text
     before = (tmp_path / "generation.csv").read_bytes()
     assert generation.run(folder, model, tmp_path, **options) == text
     assert (tmp_path / "generation.csv").read_bytes() == before
+
+
+def test_the_nearest_training_shape_may_be_a_mirror_image_of_the_other_side(data: ShapeDataset) -> None:
+    train = [i for i in data.part("train") if data.rows[i].category == "kidney"]
+    sides = {i: "right" if i in train[1:] else "left" for i in range(len(data))}
+    mixed = replace(data, rows=tuple(replace(row, side=sides[i]) for i, row in enumerate(data.rows)))
+    row = mixed.rows[train[0]]
+    clouds = training_clouds(mixed, row)
+    assert len(clouds) == len(train)
+    flipped = [cloud(data.shape(i), 20_000 + i) * [-1, 1, 1] for i in train[1:]]
+    np.testing.assert_array_equal(clouds, [cloud(data.shape(train[0]), 20_000 + train[0]), *flipped])
+    for side in ("left", ""):  # no training shape of the other side, or no side: nothing is mirrored
+        same = replace(data, rows=tuple(replace(row, side=side) for row in data.rows))
+        plain = [cloud(data.shape(i), 20_000 + i) for i in train]
+        np.testing.assert_array_equal(training_clouds(same, same.rows[train[0]]), plain)
+
+
+def test_the_quick_search_finds_the_same_distance_as_the_plain_one() -> None:
+    rng = np.random.default_rng(0)
+    clouds = [rng.normal(size=(50, 3)) * scale for scale in (1.0, 0.2, 1.3, 0.9, 1.1, 4.0)]
+    for points in (rng.normal(size=(50, 3)), 0.3 * rng.normal(size=(50, 3))):
+        trees = [(each, cKDTree(each)) for each in clouds]
+        assert nearest_of(points, trees) == pytest.approx(nearest_training([points], clouds)[0][0], rel=1e-12)
+
+
+def test_trees_of_training_shapes_are_built_once(data: ShapeDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    yardstick = Yardstick(data, data.part("report"))
+    calls: list[ShapeRow] = []
+    monkeypatch.setattr(generation, "training_clouds", lambda d, row: calls.append(row) or training_clouds(d, row))
+    first = yardstick.nearest(yardstick.clouds)
+    assert yardstick.nearest(yardstick.clouds) == first > 0
+    assert sorted(row.category for row in calls) == ["kidney", "spleen"]
 
 
 def test_names_are_found_from_shapes_better_than_by_chance(data: ShapeDataset, model: Path) -> None:

@@ -1,7 +1,7 @@
 """The cases that a bench looks at, and the options that choose among those of the hippocampus set."""
 
 import argparse
-from collections import Counter
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -29,21 +29,25 @@ def spread(ids: tuple[str, ...], count: int | None) -> tuple[str, ...]:
 
 
 def stratified(data: ShapeDataset, part: str, count: int) -> list[int]:
-    """Up to so many shapes of a part, evenly over sources and over their categories."""
+    """Up to so many shapes of a part: sources in turn, of each the category that has the fewest, in a shuffled order.
+
+    One shape of every category of every source comes before any second one. For an index it is always the same list,
+    and a shorter one is its beginning.
+    """
+    rng = np.random.default_rng(0)
     numbers = sorted(data.part(part), key=lambda i: data.ids[i])
-    order = np.random.default_rng(0).permutation(len(numbers))
-    left: dict[str, dict[str, list[int]]] = {}
-    for i in (numbers[k] for k in order):
-        left.setdefault(data.rows[i].source, {}).setdefault(data.rows[i].category, []).append(i)
-    sources = {name: left[name] for name in sorted(left)}
-    chosen = [group.pop(0) for groups in sources.values() for _, group in sorted(groups.items())]
-    while len(chosen) < min(count, len(numbers)):
-        for source, groups in sources.items():
-            taken = Counter(data.rows[i].category for i in chosen if data.rows[i].source == source)
-            rest = sorted((name for name in groups if groups[name]), key=lambda name: (taken[name], name))
-            if rest:
-                chosen.append(groups[rest[0]].pop(0))
-    return chosen[:count]
+    groups: dict[str, dict[str, list[int]]] = {}
+    for k in rng.permutation(len(numbers)):
+        row = data.rows[numbers[k]]
+        groups.setdefault(row.source, {}).setdefault(row.category, []).append(numbers[k])
+    first, others = [], []
+    for _, categories in sorted(groups.items()):
+        shuffled = [categories[name] for name in rng.permutation(sorted(categories)).tolist()]
+        rounds = [[i for i in one if i is not None] for one in zip_longest(*shuffled)]
+        first.append(rounds[0])
+        others.append([i for one in rounds[1:] for i in one])
+    turns = [*zip_longest(*first), *zip_longest(*others)]
+    return [i for turn in turns for i in turn if i is not None][:count]
 
 
 def hippocampus_options(description: str) -> argparse.ArgumentParser:

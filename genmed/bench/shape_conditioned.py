@@ -1,6 +1,7 @@
 """A peer of `complete`: input-conditioned diffusion, which denoises a shape's codes given an encoding of the cue.
 
-It has our autoencoder and our network's size, and is trained for the same minutes on the cues that it is tested on.
+It has our autoencoder and our network's size, and is trained for the same minutes on the cues that it is tested on;
+the weights that complete tune shapes best are kept.
 The cue is all that it knows of place and size: it sees the cue on a cube laid around the cue's own box, and denoises
 the place and size of the shape in that box along with the codes. The condition is dropped from a share of the training,
 so that samples can be steered away from what any shape looks like (classifier-free, arXiv 2207.12598).
@@ -8,6 +9,7 @@ so that samples can be steered away from what any shape looks like (classifier-f
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
 
 from genmed.bench.cues import KINDS, draw_cue
-from genmed.cue import Cue
+from genmed.bench.shape_peers import missed_by
+from genmed.cue import Cue, with_sides
 from genmed.data.shapes import INDEX, ShapeDataset
 from genmed.errors import GenMedError
 from genmed.files import sha256_of, write_json
@@ -31,14 +34,14 @@ from genmed.pose import Posed
 from genmed.samplers import euler, noise, schedule, seeded
 from genmed.shape import MARGIN, Shape, encode
 from genmed.shape_model import ShapeModel
-from genmed.tasks.complete import honoured, shape_at
-from genmed.train import CHECKPOINT, fair_minutes, fit
-from genmed.train_shapes import training_shapes, versions
+from genmed.tasks.complete import TRIED, honoured, shape_at
+from genmed.train import CHECKPOINT, fair_minutes, fit, time_spent
+from genmed.train_shapes import OTHER_SIDE, deformed, training_shapes
 
 SIDE = 16           # voxels along the cue's cube
 REACH = 2.2         # side of that cube over the longest extent seen
 UNSEEN = -128       # stored value of voxels in which nothing was seen; the others hold distances in 1/64 voxels
-CUES = 12_000       # drawn for the training, every kind as often; a tenth of a second each
+CUES = 12_000       # drawn for the training, every kind as often, a tenth of a second each; mirror images come on top
 VERSIONS = 12       # of every shape: itself and deformed copies, as in our training
 DROPPED = 0.1       # share of the training that is not shown the cue
 POSE = 4            # centre in the box, ln of the size over that of the box
@@ -134,27 +137,35 @@ class Conditioned:
 
     @torch.no_grad()
     def complete(self, cue: Cue, samples: int, *, gp: bool = False, seed: int = 0) -> tuple[Shape, ...]:
-        """Shapes drawn from noise; with `gp`, what they miss of the cue is added, as to ours."""
-        plan = self.model.plan
-        picture, facts = (x.expand(samples, *x.shape[1:]) for x in _shown(cue, self.model))
-        told, blank = (self.network.encoded(picture, facts, torch.full((samples,), on)) for on in (1.0, 0.0))
+        """Shapes drawn from noise.
+
+        With `gp` as many are drawn as trajectories of ours, those are kept that miss the cue least, best first, and
+        what they miss of it is added, as to ours.
+        """
+        plan, count = self.model.plan, TRIED * samples if gp else samples
+        picture, facts = (x.expand(count, *x.shape[1:]) for x in _shown(cue, self.model))
+        told, blank = (self.network.encoded(picture, facts, torch.full((count,), on)) for on in (1.0, 0.0))
 
         def denoise(z: Tensor, sigma: float) -> Tensor:
-            level = torch.full((samples,), sigma)
+            level = torch.full((count,), sigma)
             found = self.network(z.flatten(1), level, told)
             if self.guidance != 1:
                 plain = self.network(z.flatten(1), level, blank)
                 found = plain + self.guidance * (found - plain)
             return found[..., None, None, None]
 
-        like = torch.zeros(samples, plan.modes + POSE, 1, 1, 1)
-        start = plan.sigma_max * noise(like, seeded([seed * 1_000_003 + i for i in range(samples)]))
+        like = torch.zeros(count, plan.modes + POSE, 1, 1, 1)
+        start = plan.sigma_max * noise(like, seeded([seed * 1_000_003 + i for i in range(count)]))
         z = euler(denoise, start, schedule(plan.sigma_max, plan.sigma_min, STEPS)).flatten(1)
         pose = z[:, -POSE:] * self.network.pose_deviation + self.network.pose_mean
         poses = in_world(pose, cue, plan.size)
         volume = self.model.autoencoder.decode(z[:, :-POSE], plan.size)
         if gp:
-            volume = honoured(volume, Posed(self.model, cue, poses))
+            posed = Posed(self.model, with_sides(cue, seed), poses)
+            order = missed_by(posed, volume, poses).argsort()[:samples]
+            volume, poses = volume[order], poses[order]
+            posed.pose = poses
+            volume = honoured(volume, posed)
         return tuple(shape_at(v, p) for v, p in zip(volume[:, 0].numpy(), poses.numpy(), strict=True))
 
 
@@ -208,7 +219,8 @@ def drawn_cues(data: ShapeDataset, model: ShapeModel, path: Path, count: int = C
     """Codes, poses and pictures of cues of training shapes and their deformed copies, kept in a file.
 
     Every version of a shape is decoded from the side of the autoencoder to the full size before a cue is drawn of it,
-    so that noise and planes are as fine as in the tables. The deformed copies are those of our own training.
+    so that noise and planes are as fine as in the tables. The deformed copies are those of our own training. `mirrored`
+    are the codes of the mirror image about the middle of the cube, NaN for what is neither left nor right.
     """
     if path.exists():
         return load_file(path)
@@ -217,25 +229,25 @@ def drawn_cues(data: ShapeDataset, model: ShapeModel, path: Path, count: int = C
     chosen = torch.multinomial(weights, count, replacement=True, generator=generator)
     version = torch.randint(VERSIONS, (count,), generator=generator)
     codes, pose = torch.zeros(count, model.plan.modes), torch.zeros(count, POSE)
+    mirrored = torch.full_like(codes, torch.nan)
     picture, facts = torch.full((count, SIDE, SIDE, SIDE), UNSEEN, dtype=torch.int8), torch.zeros(count, 2)
     kept = torch.ones(count, dtype=torch.bool)
-    for number in range(VERSIONS):
-        mine = (version == number).nonzero().flatten().tolist()
-        copies = versions(x, number, model.plan.seed)
-        for k in mine:
-            i = int(chosen[k])
-            volume = nn.functional.interpolate(copies[i][None], size=(data.size,) * 3, mode="trilinear")
-            shape = Shape(encode(volume[0, 0].numpy()), rows[i].voxel_mm, rows[i].origin_mm)
-            try:
-                cue = draw_cue(shape, KINDS[k % len(KINDS)], k)
-            except GenMedError:  # a copy that was bent until nothing is left of it
-                kept[k] = False
-                continue
-            codes[k] = model.autoencoder.encode(copies[i][None])[0]
-            pose[k] = torch.from_numpy(in_box(cue, shape))
-            picture[k] = torch.from_numpy(picture_of(cue))
-            facts[k] = torch.tensor(facts_of(cue, model))
-    tensors = {"codes": codes, "pose": pose, "picture": picture, "facts": facts}
+    for k, (i, number) in enumerate(zip(chosen.tolist(), version.tolist(), strict=True)):
+        bent = version_of(x[i], i, number, model.plan.seed)[None]
+        volume = nn.functional.interpolate(bent, size=(data.size,) * 3, mode="trilinear")
+        shape = Shape(encode(volume[0, 0].numpy()), rows[i].voxel_mm, rows[i].origin_mm)
+        try:
+            cue = draw_cue(shape, KINDS[k % len(KINDS)], k)
+        except GenMedError:  # a copy that was bent until nothing is left of it
+            kept[k] = False
+            continue
+        codes[k] = model.autoencoder.encode(bent)[0]
+        if rows[i].side in OTHER_SIDE:
+            mirrored[k] = model.autoencoder.encode(bent.flip(2))[0]
+        pose[k] = torch.from_numpy(in_box(cue, shape))
+        picture[k] = torch.from_numpy(picture_of(cue))
+        facts[k] = torch.tensor(facts_of(cue, model))
+    tensors = {"codes": codes, "mirrored": mirrored, "pose": pose, "picture": picture, "facts": facts}
     tensors = {name: tensor[kept].contiguous() for name, tensor in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
@@ -244,11 +256,23 @@ def drawn_cues(data: ShapeDataset, model: ShapeModel, path: Path, count: int = C
     return tensors
 
 
+def version_of(x: Float[Tensor, "1 m m m"], i: int, number: int, seed: int) -> Float[Tensor, "1 m m m"]:
+    """What `genmed.train_shapes.versions` gives shape `i` under this number, without all the others."""
+    return deformed(x, Generator().manual_seed((seed * 1009 + number) * 1_000_003 + i)) if number else x
+
+
 def draw_batch(cues: dict[str, Tensor], size: int, step: int, seed: int, process: int = 0) -> CueBatch:
-    """The cues of one training step."""
+    """The cues of one training step, of left and right shapes every other one mirrored."""
     seed = ((seed * 1_000_003 + step) * 1_009 + process) % 2**62
-    chosen = torch.randint(len(cues["codes"]), (size,), generator=Generator().manual_seed(seed))
-    codes, pose, picture, facts = (cues[name][chosen] for name in ("codes", "pose", "picture", "facts"))
+    generator = Generator().manual_seed(seed)
+    chosen = torch.randint(len(cues["codes"]), (size,), generator=generator)
+    codes, other, pose, picture, facts = (
+        cues[name][chosen] for name in ("codes", "mirrored", "pose", "picture", "facts")
+    )
+    turned = (torch.rand(size, generator=generator) < 0.5) & ~other.isnan().any(dim=1)
+    codes = torch.where(turned[:, None], other, codes)
+    pose = torch.where(turned[:, None], pose * torch.tensor([-1.0, 1.0, 1.0, 1.0]), pose)
+    picture = torch.where(turned[:, None, None, None], picture.flip(1), picture)
     return CueBatch(codes, pose, picture, facts, seed)
 
 
@@ -259,33 +283,52 @@ def conditioned(
     minutes: float,
     score: Callable[[Conditioned], float],
     *,
+    version: int,
     count: int = CUES,
     clock: Callable[[], float] = fair_minutes,
 ) -> Conditioned:
-    """The peer in a folder; trains it, or goes on with its training, and chooses its guidance by `score`.
+    """The peer in a folder; trains it, or goes on with its training.
 
-    Raises `GenMedError` for a folder of other shapes or another model.
+    `score` (higher is better) is asked of the averaged network every few minutes, which do not count as training: the
+    best weights are kept, and curve.jsonl holds all scores as "dice". Then it chooses the guidance. Raises
+    `GenMedError` for a folder of other shapes, another model, other minutes, or an older `version` of the benchmark.
     """
-    of = {"index": sha256_of(data.folder / INDEX), "model": model.sha256}
+    of = {
+        "index": sha256_of(data.folder / INDEX), "model": model.sha256, "version": version, "minutes": minutes,
+        "count": count,
+    }  # fmt: skip
     training = _training(folder, of)
     plan = model.plan
     torch.manual_seed(plan.seed)
     network = Network(plan.modes, plan.width, plan.blocks)
+    judging = 0.0
+
+    def judged(average: nn.Module) -> dict[str, float]:
+        nonlocal judging
+        started = clock()
+        peer = Conditioned(model, copy.deepcopy(average).cpu(), GUIDANCE[0], 0.0, 0, "")  # type: ignore[arg-type]
+        dice = score(peer)
+        judging += clock() - started
+        return {"dice": dice}
+
+    def keep(average: nn.Module, minutes: float, scores: dict[str, float]) -> None:
+        write_weights(average, folder / WEIGHTS)
+
     if not training:
         write_json(folder / TRAINING, {"of": of})
         cues = drawn_cues(data, model, folder / CACHE, count)
         network.pose_mean.copy_(cues["pose"].mean(dim=0))
         network.pose_deviation.copy_(cues["pose"].std(dim=0).clamp(min=0.01))
-        print(f"training {folder} for {minutes:g} minutes", flush=True)
-        average, spent = fit(
-            ConditionedLoss(network, plan.sigma_max),
-            lambda step, process: draw_batch(cues, plan.batch, step, plan.seed, process),
-            folder, steps=TRAINING_STEPS, learning_rate=plan.learning_rate, max_minutes=minutes,
-            resume=(folder / CHECKPOINT).exists(), clock=clock,
-        )  # fmt: skip
-        network = average.cpu()  # type: ignore[assignment]
-        save_file({k: v.contiguous() for k, v in network.state_dict().items()}, folder / WEIGHTS)
-        training = {"of": of, "minutes": spent, "steps": steps_taken(folder)}
+        if not _finished(folder, minutes):
+            print(f"training {folder} for {minutes:g} minutes", flush=True)
+            fit(
+                ConditionedLoss(network, plan.sigma_max),
+                lambda step, process: draw_batch(cues, plan.batch, step, plan.seed, process),
+                folder, steps=TRAINING_STEPS, learning_rate=plan.learning_rate, max_minutes=minutes,
+                resume=(folder / CHECKPOINT).exists(), validate=judged, keep_best=keep,
+                clock=lambda: clock() - judging,
+            )  # fmt: skip
+        training = {"of": of, "minutes": time_spent(folder).minutes, "steps": steps_taken(folder)}
     network.load_state_dict(load_file(folder / WEIGHTS))
     network.eval().requires_grad_(False)
     sha256 = sha256_of(folder / WEIGHTS)
@@ -299,14 +342,33 @@ def conditioned(
     return under(training["guidance"])
 
 
-def _training(folder: Path, of: dict[str, str]) -> dict[str, Any]:
+def write_weights(network: nn.Module, path: Path) -> None:
+    """The whole file, replaced at once."""
+    part = path.with_suffix(".part")
+    save_file({name: value.cpu().contiguous() for name, value in network.state_dict().items()}, part)
+    part.replace(path)
+
+
+def _finished(folder: Path, minutes: float) -> bool:
+    """Whether nothing is left to train: only the choice of the guidance may be missing."""
+    if not ((folder / CHECKPOINT).exists() and (folder / WEIGHTS).exists()):
+        return False
+    return time_spent(folder).minutes >= minutes or steps_taken(folder) >= TRAINING_STEPS
+
+
+def _training(folder: Path, of: dict[str, Any]) -> dict[str, Any]:
     """What a folder says of a training that is finished; empty where it is not."""
     path = folder / TRAINING
     if not path.exists():
         return {}
     training = json.loads(path.read_text(encoding="utf-8"))
-    if training["of"] != of:
+    found: dict[str, Any] = training["of"]
+    if (trained := found.get("minutes", of["minutes"])) != of["minutes"]:
+        raise GenMedError(f"{folder}: was trained for {trained:g} minutes, not {of['minutes']:g}; use another --runs.")
+    if {name: found.get(name) for name in ("index", "model")} != {name: of[name] for name in ("index", "model")}:
         raise GenMedError(f"{folder}: was trained for other shapes or another model; use another --runs.")
+    if found != of:
+        raise GenMedError(f"{folder}: was trained by another version of this benchmark; use another --runs.")
     return training if "guidance" in training else {}
 
 

@@ -211,12 +211,19 @@ class _Objective:
         bound = torch.minimum(torch.maximum(d, low), high)
         return (d - bound) * voxel / self.unit_mm, q, (bound.abs() >= far) * bound
 
-    def system(self, codes: Tensor, poses: Tensor) -> tuple[Float[Tensor, "b p p"], Float[Tensor, "b p"]]:
-        """Gauss-Newton Hessians and slopes by codes, centre in units and ln voxel_mm.
+    def share(self, poses: Float[Tensor, "b 4"]) -> Float[Tensor, " b"]:
+        """Precision of ln voxel_mm before the cue is seen; 0 where there is no opinion."""
+        known = (self.model.size_of(poses[:, 3]).abs() < KNOWN_SIZE).float()
+        return known / (self.model.plan.size_deviation**2 * (1 + SIZE_SIGMA**2))
+
+    def system(
+        self, codes: Tensor, poses: Tensor, posing: bool = False
+    ) -> tuple[Float[Tensor, "b p p"], Float[Tensor, "b p"]]:
+        """Gauss-Newton Hessians and slopes by codes (unless only `posing`), centre in units and ln voxel_mm.
 
         A miss in units is (voxel S(q) − bound) / unit, but for bounds that were clamped: they grow with the voxel.
         """
-        model, k = self.model, codes.shape[1]
+        model, k = self.model, 0 if posing else codes.shape[1]
         volume = model.autoencoder.decode(codes)
         missed, q, clamped = self.missed(volume, poses)
         step = torch.eye(3)
@@ -229,15 +236,16 @@ class _Objective:
         by_size = (d - clamped - (slope * q).sum(2)) * scale
         weight = ((1 + (missed / self.own) ** 2).rsqrt() if self.cue.doubtful else torch.ones_like(missed)) / self.sigma
         hessians, slopes = [], []
-        known = (model.size_of(poses[:, 3]).abs() < KNOWN_SIZE).float()
-        share = known / (model.plan.size_deviation**2 * (1 + SIZE_SIGMA**2))
+        share = self.share(poses)
         for b, pose in enumerate(poses):
             active = missed[b] != 0
             w = weight[b, active, None]
-            by_code = _rows(self.basis, q[b, active], model) * scale[b]
-            a = w * torch.cat([by_code, -slope[b, active], by_size[b, active, None]], dim=1)
+            columns = [-slope[b, active], by_size[b, active, None]]
+            if not posing:
+                columns.insert(0, _rows(self.basis, q[b, active], model) * scale[b])
+            a = w * torch.cat(columns, dim=1)
             inner = torch.cat([torch.full((k,), self.prior), torch.full((3,), 1e-3), share[b, None]])
-            pull = torch.cat([self.prior * codes[b], torch.zeros(3), share[b] * (pose[3:] - model.plan.size_mean)])
+            pull = torch.cat([self.prior * codes[b, :k], torch.zeros(3), share[b] * (pose[3:] - model.plan.size_mean)])
             hessians.append(a.T @ a + torch.diag(inner))
             slopes.append(a.T @ (w[:, 0] * missed[b, active]) + pull)
         return torch.stack(hessians), torch.stack(slopes)
@@ -249,15 +257,15 @@ def gauss_newton(
 ) -> Fit:
     """Damped Gauss-Newton steps of codes and poses together; the first ones are of the poses alone.
 
-    The evidence is Laplace's approximation: the objective and the logarithm of the determinant of its Hessian.
+    The evidence is Laplace's approximation: the objective, the logarithm of the determinant of its Hessian, and minus
+    those of the precisions of codes and size before the cue was seen (one of 0 says nothing).
     """
     objective, k = _Objective(model, cue, prior), codes.shape[1]
     damping = torch.full((len(codes),), 1e-2)
     cost = objective.cost(codes, poses)
     for iteration in range(iterations + POSE_STEPS):
-        hessian, slope = objective.system(codes, poses)
-        if alone := iteration < POSE_STEPS:
-            hessian, slope = hessian[:, k:, k:], slope[:, k:]
+        alone = iteration < POSE_STEPS
+        hessian, slope = objective.system(codes, poses, posing=alone)
         ridge = torch.diag_embed(damping[:, None] * hessian.diagonal(dim1=1, dim2=2))
         move = -torch.linalg.solve(hessian + ridge, slope)
         move = move * (STRIDE / move[:, -4:].abs().clamp(min=1e-9)).clamp(max=1).amin(1, True)
@@ -270,7 +278,9 @@ def gauss_newton(
         poses = torch.where(better[:, None], poses + place, poses)
         cost = torch.where(better, after, cost)
         damping = torch.where(better, damping / 4, damping * 8).clamp(1e-4, 1e3)
+    share = objective.share(poses)
     logarithm = torch.logdet(objective.system(codes, poses)[0]) - k * float(np.log(prior))
+    logarithm = logarithm - torch.where(share > 0, share, 1.0).log()
     return Fit(model, codes, poses, cost, cost + logarithm)
 
 
@@ -287,15 +297,25 @@ def _rows(basis: Float[Tensor, "n3 k"], q: Float[Tensor, "m 3"], model: ShapeMod
     return F.embedding_bag(flat, basis, per_sample_weights=weights, mode="sum")
 
 
+def missed_by(posed: Posed, volumes: Float[Tensor, "b 1 n n n"], poses: Float[Tensor, "b 4"]) -> Float[Tensor, " b"]:
+    """By how much every shape at its pose misses the cue, squared, in units that are the same for all.
+
+    In voxels of their own, larger cubes would miss less. Where the cue is doubtful, no point counts for much.
+    """
+    square = (posed.misses(volumes, poses) * poses[:, 3:].exp() / posed.unit_mm) ** 2
+    return (torch.log1p(square) if posed.cue.doubtful else square).sum(dim=1)
+
+
 # The nearest training shape -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class Nearest:
-    """Training shapes, and averages of them over 16³ voxels to compare quickly."""
+    """Training shapes and mirror images of left and right ones, and averages over 16³ voxels to compare quickly."""
 
     data: ShapeDataset
     numbers: tuple[int, ...]
+    mirrored: tuple[bool, ...]
     coarse: Float[Tensor, "n 1 c c c"]
     size_mean: float
     size_deviation: float
@@ -304,10 +324,12 @@ class Nearest:
     def complete(self, cue: Cue, told: Told, seed: int = 0) -> tuple[Shape, ...]:
         """The training shape, of the category if it is told, that misses the cue least after its pose was fitted."""
         places = [k for k, i in enumerate(self.numbers) if told is None or self.data.rows[i].category == told[0]]
-        numbers, coarse = [self.numbers[k] for k in places], self.coarse[places]
-        first, poses = self._shortlist(cue, coarse, seed)
-        shortlist = [numbers[k] for k in first.tolist()]
-        model = self._model(lowered(self.data, shortlist, min(SIDE, self.data.size)))
+        first, poses = self._shortlist(cue, self.coarse[places], seed)
+        places = [places[k] for k in first.tolist()]
+        shortlist = [self.numbers[k] for k in places]
+        x = lowered(self.data, shortlist, min(SIDE, self.data.size))
+        turned = torch.tensor([self.mirrored[k] for k in places])[:, None, None, None, None]
+        model = self._model(torch.where(turned, x.flip(2), x))
         log_mm = torch.tensor([np.log(self.data.rows[i].voxel_mm) for i in shortlist]).float()
         one_hot = torch.cat([torch.eye(len(shortlist)), model.size_of(log_mm)[:, None]], dim=1)
         z0 = F.pad(one_hot, (0, model.plan.text_channels))[..., None, None, None]
@@ -315,16 +337,14 @@ class Nearest:
         for _ in range(POSE_CALLS):
             posed(z0)
         best = int(posed.cost(z0).argmin())
-        return (shape_at(self.data.sdf(shortlist[best]), posed.pose[best].numpy()),)
+        sdf = self.data.sdf(shortlist[best])
+        return (shape_at(sdf[::-1] if self.mirrored[places[best]] else sdf, posed.pose[best].numpy()),)
 
     def _shortlist(self, cue: Cue, coarse: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         """Places of the shapes that miss the cue least at one of the first poses, and that pose."""
         poses = first_poses(cue, self.data.size, COARSE_POSES, seed)
         posed = Posed(self._model(coarse[:1]), thinned(cue, COARSE_POINTS, seed), poses)
-        costs = []
-        for pose in poses:
-            missed = posed.misses(coarse, pose.expand(len(coarse), -1)) ** 2
-            costs.append((torch.log1p(missed) if cue.doubtful else missed).sum(1))
+        costs = [missed_by(posed, coarse, pose.expand(len(coarse), -1)) for pose in poses]
         cost, which = torch.stack(costs, dim=1).min(dim=1)
         order = cost.argsort()[:SHORTLIST]
         return order, poses[which[order]]
@@ -339,11 +359,16 @@ class Nearest:
 
 
 def nearest(data: ShapeDataset) -> Nearest:
-    """The training part."""
+    """The training part, mirror images included."""
     numbers = data.part("train")
-    log_mm = np.array([np.log(data.rows[i].voxel_mm) for i in numbers])
-    coarse = lowered(data, numbers, COARSE)
-    return Nearest(data, numbers, coarse, float(log_mm.mean()), max(float(log_mm.std()), 0.05))
+    rows, coarse, _ = training_shapes(data, COARSE)
+    place = {data.ids[i]: i for i in numbers}
+    log_mm = np.array([np.log(row.voxel_mm) for row in rows])
+    mirrored = tuple(k >= len(numbers) for k in range(len(rows)))
+    return Nearest(
+        data, tuple(place[row.id] for row in rows), mirrored, coarse,
+        float(log_mm.mean()), max(float(log_mm.std()), 0.05),
+    )  # fmt: skip
 
 
 # Interpolation --------------------------------------------------------------------------------------------

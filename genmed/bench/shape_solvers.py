@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -27,9 +27,10 @@ from genmed.shape import Shape
 from genmed.shape_model import ShapeModel
 from genmed.tasks.complete import STEPS, TRIED, Completion, complete
 
+VERSION = 2  # raise it whenever cues, peers or scores change: nothing of an older one is used again
 SAMPLES = 4  # of ours and of the conditioned peer, averaged
 TUNE_SHAPES = 12
-TUNE_KINDS = ("one plane", "three planes", "half missing", "noisy points")
+TUNE_KINDS = ("one plane", "three planes", "half missing", "redundant", "noisy points")
 PCA_CHOICES: dict[str, tuple[Any, ...]] = {  # chosen one after the other, the first values to start with
     "sided": (False, True),
     "modes": (60, 30, 120, 200),
@@ -93,6 +94,16 @@ class Lab:
             raise GenMedError("the model does not tell the minutes of its training; give --minutes.")
         return minutes
 
+    @cached_property
+    def statistical(self) -> Callable[[bool], Statistical]:
+        """The statistical models with left and right apart, or together; each is fitted once."""
+        return cache(partial(statistical, self.data))
+
+    @cached_property
+    def tune(self) -> list[TuneCue]:
+        """The cues on which settings are chosen."""
+        return tune_cues(self.data)
+
 
 def solvers(lab: Lab, columns: Sequence[str]) -> dict[str, Solver]:
     """The methods of these names, ready; trains and chooses what is missing in the folder of the peers."""
@@ -113,7 +124,7 @@ def solvers(lab: Lab, columns: Sequence[str]) -> dict[str, Solver]:
 def key_of(name: str, lab: Lab, *settings: Any) -> str:
     """What decides a row besides the shape and the kind of its cue."""
     drawn = [cues.EDGE, cues.BLOB, cues.NOISE, cues.SMOOTH, cues.POINTS]
-    parts = json.dumps([name, lab.index, drawn, *settings], sort_keys=True)
+    parts = json.dumps([VERSION, name, lab.index, drawn, *settings], sort_keys=True)
     return hashlib.sha256(parts.encode()).hexdigest()[:16]
 
 
@@ -145,16 +156,21 @@ def _untold(peer: Interpolation | Nearest | Statistical) -> Find:
 
 def _conditioned(lab: Lab) -> dict[str, Solver]:
     def score(peer: Conditioned) -> float:
-        return mean_dice(tune_cues(lab.data), lambda cue, row: peer.complete(cue, SAMPLES))
+        return mean_dice(lab.tune, lambda cue, row: peer.complete(cue, SAMPLES))
 
-    peer = conditioned(lab.data, lab.model, lab.runs / "conditioned", lab.training_minutes, score)
-    settings = peer.sha256, peer.guidance, SAMPLES
+    peer = conditioned(
+        lab.data, lab.model, lab.runs / "conditioned", lab.training_minutes, score, version=VERSION
+    )  # fmt: skip
+    settings = peer.sha256, peer.guidance, SAMPLES, TRIED
     note = f"{peer.minutes:.1f} minutes, {peer.steps:,} steps, guidance {peer.guidance:g}, {SAMPLES} samples"
 
-    def solver(name: str, gp: bool) -> Solver:
+    def solver(name: str, gp: bool, note: str) -> Solver:
         return Solver(key_of(name, lab, *settings), lambda cue, row: peer.complete(cue, SAMPLES, gp=gp), note)
 
-    return {name: solver(name, gp) for name, gp in (("conditioned", False), ("conditioned-gp", True))}
+    return {
+        "conditioned": solver("conditioned", False, note),
+        "conditioned-gp": solver("conditioned-gp", True, f"{note} of {TRIED * SAMPLES} that miss the cue least"),
+    }
 
 
 # Settings of the statistical model ------------------------------------------------------------------------
@@ -162,7 +178,7 @@ def _conditioned(lab: Lab) -> dict[str, Solver]:
 
 def _pca(lab: Lab) -> dict[str, Solver]:
     settings, note = chosen_pca(lab)
-    peer = statistical(lab.data, settings.sided).under(settings)
+    peer = lab.statistical(settings.sided).under(settings)
     key = asdict(settings)
 
     def told(cue: Cue, row: ShapeRow) -> Sequence[Shape]:
@@ -180,21 +196,21 @@ def _pca(lab: Lab) -> dict[str, Solver]:
 def chosen_pca(lab: Lab) -> tuple[PcaSettings, str]:
     """Settings with the highest mean Dice on a few tune shapes, kept in the folder of the peers, and a note on them."""
     path = lab.runs / PCA
-    wanted = [lab.index, {name: list(values) for name, values in PCA_CHOICES.items()}, TUNE_SHAPES, list(TUNE_KINDS)]
+    choices = {name: list(values) for name, values in PCA_CHOICES.items()}
+    wanted = [VERSION, lab.index, choices, TUNE_SHAPES, list(TUNE_KINDS)]
     if path.exists():
         kept = json.loads(path.read_text(encoding="utf-8"))
         if kept["of"] == wanted:
             return PcaSettings(**kept["settings"]), kept["note"]
-    tune = tune_cues(lab.data)
-    models = {sided: statistical(lab.data, sided) for sided in PCA_CHOICES["sided"]}
+    tune = lab.tune
     settings = PcaSettings(**{name: values[0] for name, values in PCA_CHOICES.items()})
 
     def told(settings: PcaSettings) -> float:
-        peer = models[settings.sided].under(settings)
+        peer = lab.statistical(settings.sided).under(settings)
         return mean_dice(tune, lambda cue, row: peer.complete(cue, (row.category, row.side)))
 
     def untold(settings: PcaSettings) -> float:
-        return mean_dice(tune, _untold(models[settings.sided].under(settings)))
+        return mean_dice(tune, _untold(lab.statistical(settings.sided).under(settings)))
 
     best = told(settings)
     for name, values in PCA_CHOICES.items():

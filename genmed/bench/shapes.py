@@ -1,17 +1,19 @@
 """`genmed bench shapes`: completion by ours and by its peers from the same cues of the same shapes.
 
 What is missing is trained or chosen first (`genmed.bench.shape_solvers`). Then each method completes each shape from
-each cue of `genmed.bench.cues`. A row of OUT/shapes.csv is written as soon as it is finished, shape by shape, and a run
-that starts again goes on after the last one. The other table, generation, is `genmed.bench.generation`.
+each cue of `genmed.bench.cues`. The rows of OUT/shapes.csv are written after every cue of every shape, and a run that
+starts again goes on after the last one. The other table, generation, is `genmed.bench.generation`.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 from zlib import crc32
@@ -28,6 +30,7 @@ from genmed.cue import Cue
 from genmed.data.shapes import ShapeDataset, read_shapes
 from genmed.errors import GenMedError
 from genmed.files import write_bytes
+from genmed.guide import Diverged
 from genmed.mesh import surface
 from genmed.metrics import bootstrap_interval, dice, nsd
 from genmed.shape import Shape, decode
@@ -59,6 +62,10 @@ class Scores(NamedTuple):
     nsd: float
 
 
+# Of a method that ended without an answer: nothing overlaps, and every point is the unit box's diagonal √3 away.
+FAILED = Scores(0.0, 100 * 2 * 3.0, 100 * math.sqrt(3), 0.0)
+
+
 class Row(NamedTuple):
     """One shape completed from one kind of cue by one method. `key` names weights and settings."""
 
@@ -79,6 +86,10 @@ class Row(NamedTuple):
     @property
     def place(self) -> tuple[str, str, str]:
         return self.shape, self.kind, self.method
+
+    @property
+    def failed(self) -> bool:
+        return (self.dice, self.cd, self.uhd, self.nsd) == FAILED
 
 
 Rows = dict[tuple[str, str, str], Row]
@@ -131,8 +142,7 @@ def wanted(names: Sequence[str] | None, known: Iterable[str], option: str) -> li
 def chosen_shapes(data: ShapeDataset, part: str, count: int) -> list[int]:
     """Numbers of the shapes of a part, and on the report part a fifth as many of the part unseen.
 
-    A fixed list for an index: first one shape of every category of every source, then one source after the other, of
-    each the category that has the fewest. Which shapes of a category is drawn by a fixed seed.
+    A fixed list for an index (`genmed.bench.cases.stratified`).
     """
     if part not in ("tune", "report"):
         raise GenMedError(f"--part {part}: no part to evaluate on; choose tune or report.")
@@ -155,26 +165,33 @@ def evaluate(
     rows: Rows,
     out: Path,
 ) -> Rows:
-    """Rows of all shapes, kinds and methods. What there is under the same key is not done again."""
+    """Rows of all shapes, kinds and methods. What there is under the same key is not done again.
+
+    A method whose trajectories leave the range of the data (`genmed.guide.Diverged`) has the scores `FAILED`.
+    """
     done: Rows = {}
     for i in _track(chosen):
         about = data.rows[i]
         methods = {n: s for n, s in solving.items() if about.part != "unseen" or not METHODS[n].told}
+        truth: Truth | None = None
         for kind in kinds:
             places = {name: (about.id, kind, name) for name in methods}
             missing = [n for n, p in places.items() if p not in rows or rows[p].key != solving[n].key]
             if missing:
-                truth, seed = data.shape(i), crc32(about.id.encode())
-                cue, seen = draw_cue(truth, kind, seed), seen_of(truth, kind, seed)
-            for name in missing:
-                started = time.monotonic()
-                found = solving[name].complete(cue, about)
-                seconds = time.monotonic() - started
-                scores = score(found, truth, seen, cue)
-                rows[places[name]] = Row(
-                    about.part, about.id, kind, name, solving[name].key, about.source, about.category,
-                    f"{about.source} {about.subject}", *scores, seconds,
-                )  # fmt: skip
+                truth, seed = truth or truth_of(data.shape(i)), crc32(about.id.encode())
+                cue, seen = draw_cue(truth.shape, kind, seed), seen_of(truth.shape, kind, seed)
+                for name in missing:
+                    started = time.monotonic()
+                    try:
+                        found = solving[name].complete(cue, about)
+                    except Diverged:
+                        found = ()
+                    seconds = time.monotonic() - started
+                    scores = score(found, truth, seen, cue) if found else FAILED
+                    rows[places[name]] = Row(
+                        about.part, about.id, kind, name, solving[name].key, about.source, about.category,
+                        f"{about.source} {about.subject}", *scores, seconds,
+                    )  # fmt: skip
                 write_rows(out / CASES, rows.values())
             done |= {place: rows[place] for place in places.values()}
     return done
@@ -189,29 +206,46 @@ def seen_of(truth: Shape, kind: str, seed: int) -> Bool[np.ndarray, "n n n"]:
     return drawn.seen[x, y, z]
 
 
-def score(found: Sequence[Shape], truth: Shape, seen: Bool[np.ndarray, "n n n"], cue: Cue) -> Scores:
+@dataclass(frozen=True, eq=False)
+class Truth:
+    """A shape, its surface's vertices, and two samples of that surface, all in voxels."""
+
+    shape: Shape
+    vertices: Float[np.ndarray, "v 3"]
+    points: Float[np.ndarray, "n 3"]
+    densely: Float[np.ndarray, "m 3"]
+
+
+def truth_of(shape: Shape) -> Truth:
+    """What every completion of a shape is compared with."""
+    whole = surface(shape.distance, np.eye(4))
+    return Truth(
+        shape, whole.vertices, sample_surface(whole, POINTS, seed=3), sample_surface(whole, SEEN_POINTS, seed=2)
+    )
+
+
+def score(found: Sequence[Shape], truth: Truth, seen: Bool[np.ndarray, "n n n"], cue: Cue) -> Scores:
     """The mean of the shapes found, on the voxels of the truth's own cube and as much around it as it takes.
 
     Points of the truth are drawn with other seeds than those of the prediction. UHD is from those points of the true
-    surface that lie in seen voxels (all, if none does). A prediction that encloses nothing is a point in the middle
-    of the cue.
+    surface that lie in seen voxels (all, if none does), to the mean of the shapes found, where Wu et al. (arXiv
+    2003.07717) take the mean of the UHD of each. A prediction that encloses nothing is a point in the middle of the
+    cue.
     """
-    distance, margin = on_cube(found, truth)
-    whole = surface(truth.distance, np.eye(4))
+    distance, margin = on_cube(found, truth.shape)
     affine = np.eye(4)
     affine[:3, 3] = -margin
-    inside, true = distance < 0, np.pad(truth.sdf < 0, margin)
+    inside, true = distance < 0, np.pad(truth.shape.sdf < 0, margin)
     if inside.any():
         points = sample_surface(surface(distance, affine), POINTS, seed=1)
         densely = sample_surface(surface(distance, affine), SEEN_POINTS, seed=1)
     else:
-        middle = (cue.box_mm.mean(axis=0) - truth.origin_mm) / truth.voxel_mm
+        middle = (cue.box_mm.mean(axis=0) - truth.shape.origin_mm) / truth.shape.voxel_mm
         points = densely = np.tile(middle, (2, 1))
-    of_truth = sample_surface(whole, SEEN_POINTS, seed=2)
-    voxel = np.rint(of_truth).astype(int).clip(0, len(seen) - 1)
-    part = of_truth[seen[tuple(voxel.T)]]
-    boxed = [to_unit_box(p, whole.vertices) for p in
-             (points, sample_surface(whole, POINTS, seed=3), part if len(part) else of_truth, densely)]  # fmt: skip
+    voxel = np.rint(truth.densely).astype(int).clip(0, len(seen) - 1)
+    part = truth.densely[seen[tuple(voxel.T)]]
+    boxed = [to_unit_box(p, truth.vertices) for p in
+             (points, truth.points, part if len(part) else truth.densely, densely)]  # fmt: skip
     return Scores(
         dice(inside, true), 100 * chamfer(boxed[0], boxed[1]), 100 * uhd(boxed[2], boxed[3]),
         nsd(inside, true, (1.0, 1.0, 1.0)),
@@ -219,16 +253,23 @@ def score(found: Sequence[Shape], truth: Shape, seen: Bool[np.ndarray, "n n n"],
 
 
 def on_cube(found: Sequence[Shape], truth: Shape) -> tuple[Float[np.ndarray, "m m m"], int]:
-    """Mean distance in mm on the truth's grid, and by how many voxels that was widened to hold the prediction."""
-    for margin in (0, len(truth.sdf) // 2):
-        affine = truth.grid.affine.copy()
-        affine[:3, 3] -= margin * truth.voxel_mm
-        n = len(truth.sdf) + 2 * margin
-        distance = Completion(tuple(found), 0.0, None, 0.0, 0).distance_mm(Grid((n, n, n), affine))
-        sides = [np.take(distance, side, axis=axis) for axis in range(3) for side in (0, -1)]
-        if all((side >= 0).all() for side in sides):
-            break
-    return distance, margin
+    """Mean distance in mm on the truth's grid, and by how many voxels that was widened to hold the prediction.
+
+    Where the mean is inside, some shape found is, so that the grid holds all of them, with a voxel of theirs around.
+    What is further away than the truth's cube is wide is left out.
+    """
+    n, reach = len(truth.sdf), [0.0]
+    for shape in found:
+        inside = np.argwhere(shape.sdf < 0)
+        ends = (inside.min(axis=0) - 1, inside.max(axis=0) + 1) if len(inside) else ()
+        for end in ends:
+            voxel = (end * shape.voxel_mm + np.array(shape.origin_mm) - truth.origin_mm) / truth.voxel_mm
+            reach += [float(-voxel.min()), float(voxel.max()) - (n - 1)]
+    margin = min(math.ceil(max(reach)), n)
+    affine = truth.grid.affine.copy()
+    affine[:3, 3] -= margin * truth.voxel_mm
+    n += 2 * margin
+    return Completion(tuple(found), 0.0, None, 0.0, 0).distance_mm(Grid((n, n, n), affine)), margin
 
 
 def _track(numbers: Sequence[int]) -> Iterable[int]:
@@ -270,7 +311,7 @@ def report(rows: Rows, kinds: Sequence[str], columns: Sequence[str], part: str, 
     """All tables with their captions, in Markdown."""
     mine = [row for row in rows.values() if row.part == part]
     unseen = [row for row in rows.values() if row.part == "unseen"]
-    parts = [f"# Completion of shapes, {part} part\n\n{_caption(mine)}\n"]
+    parts = [f"# Completion of shapes, {part} part\n\n{_caption(mine, unseen)}\n"]
     parts.append(_section("All data sets: mean over categories", mine, kinds, columns))
     if set(columns) & set(OURS):
         parts.append(f"### Paired differences of Dice\n\n{difference_table(mine, kinds, columns)}")
@@ -289,7 +330,7 @@ def report(rows: Rows, kinds: Sequence[str], columns: Sequence[str], part: str, 
     return "\n".join(parts)
 
 
-def _caption(rows: Sequence[Row]) -> str:
+def _caption(rows: Sequence[Row], unseen: Sequence[Row]) -> str:
     shapes = {row.shape: row for row in rows}
     categories = {(row.source, row.category) for row in shapes.values()}
     return (
@@ -298,7 +339,20 @@ def _caption(rows: Sequence[Row]) -> str:
         "best of a row in bold. Every method gets the same cue, whose box is not that of the shape. Dice and NSD on "
         f"the voxels of the truth's cube (one voxel is about 2 % of the longest extent at 64³). Chamfer of {POINTS:,} "
         "points of either surface and UHD from the seen part of the true surface in units of its longest side "
-        "(`genmed.shape_metrics`)."
+        "(`genmed.shape_metrics`). All are those of the mean of a method's completions; Wu et al. (arXiv 2003.07717) "
+        f"take the mean of the UHD of each. {_failures([*rows, *unseen])}"
+    )
+
+
+def _failures(rows: Sequence[Row]) -> str:
+    """Who ended without an answer how often, and what that counts."""
+    counts = Counter(METHODS[row.method].title for row in rows if row.failed)
+    if not counts:
+        return "Every method gave an answer every time."
+    named = ", ".join(f"{title} {count}" for title, count in counts.items())
+    return (
+        f"Without an answer (sampling diverged): {named} of {len(rows)} rows; each counts as an empty completion with "
+        f"Dice and NSD 0 and every point the unit box's diagonal away (Chamfer {FAILED.cd:.0f}, UHD {FAILED.uhd:.0f})."
     )
 
 
@@ -308,14 +362,22 @@ def _section(title: str, rows: Sequence[Row], kinds: Sequence[str], columns: Seq
 
 
 def score_table(rows: Sequence[Row], kinds: Sequence[str], columns: Sequence[str], metric: str) -> str:
-    """Kinds of cues by methods: means with intervals, the best in bold, and the mean over all kinds."""
+    """Kinds of cues by methods: means with intervals, the best in bold, and the mean over all kinds.
+
+    Of several sources, a last line has the mean over sources instead of that over categories.
+    """
     _, digits, less = METRICS[metric]
     lines = ["| cue | " + " | ".join(METHODS[name].title for name in columns) + " |", "|---" * (1 + len(columns)) + "|"]
-    for title, chosen in [*((kind, [kind]) for kind in kinds), *([("mean of all", list(kinds))] * (len(kinds) > 1))]:
+    every = list(kinds)
+    wanted_lines = [(kind, [kind], macro_weights) for kind in kinds]
+    wanted_lines += [("mean of all", every, macro_weights)] * (len(kinds) > 1)
+    wanted_lines += [("mean over data sets", every, source_weights)] * (len({row.source for row in rows}) > 1)
+    for title, chosen, weigh in wanted_lines:
         found = {name: [row for row in rows if row.kind in chosen and row.method == name] for name in columns}
-        means = {name: macro_mean(mine, [getattr(row, metric) for row in mine]) for name, mine in found.items()}
+        values = {name: [getattr(row, metric) for row in mine] for name, mine in found.items()}
+        means = {name: float(np.average(values[name], weights=weigh(mine))) for name, mine in found.items()}
         best = (min if less else max)(means.values())
-        cells = [_cell(mine, [getattr(row, metric) for row in mine], digits) for mine in found.values()]
+        cells = [_cell(mine, values[name], digits, weigh=weigh) for name, mine in found.items()]
         cells = [f"**{c}**" if mean == best else c for c, mean in zip(cells, means.values(), strict=True)]
         lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -346,15 +408,26 @@ def macro_weights(rows: Sequence[Row]) -> Float[np.ndarray, " n"]:
     return np.array([1 / counts[row.source, row.category] for row in rows])
 
 
+def source_weights(rows: Sequence[Row]) -> Float[np.ndarray, " n"]:
+    """Every source counts the same, and within it every category."""
+    categories = {(row.source, row.category) for row in rows}
+    counts = Counter(source for source, _ in categories)
+    return macro_weights(rows) / np.array([counts[row.source] for row in rows])
+
+
 def macro_mean(rows: Sequence[Row], values: Sequence[float] | np.ndarray) -> float:
     """Mean of the categories' means."""
     return float(np.average(values, weights=macro_weights(rows)))
 
 
-def _cell(rows: Sequence[Row], values: Sequence[float] | np.ndarray, digits: int, sign: str = "") -> str:
-    groups = [row.subject for row in rows]
-    low, high = bootstrap_interval(values, groups=groups, weights=macro_weights(rows))
-    mean, low_text, high_text = (f"{x:{sign}.{digits}f}" for x in (macro_mean(rows, values), low, high))
+def _cell(
+    rows: Sequence[Row], values: Sequence[float] | np.ndarray, digits: int, sign: str = "",
+    weigh: Callable[[Sequence[Row]], np.ndarray] = macro_weights,
+) -> str:  # fmt: skip
+    groups, weights = [row.subject for row in rows], weigh(rows)
+    low, high = bootstrap_interval(values, groups=groups, weights=weights)
+    middle = float(np.average(values, weights=weights))
+    mean, low_text, high_text = (f"{x:{sign}.{digits}f}" for x in (middle, low, high))
     return f"{mean} [{low_text}, {high_text}]"
 
 
