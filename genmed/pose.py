@@ -11,7 +11,7 @@ from itertools import product
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
 from genmed.cue import Cue
@@ -22,6 +22,7 @@ SIGMA = 0.7       # voxels of the shape's cube: how far a single bound may be mi
 WORTH = 600       # points at most that count as independent of one another
 DOUBT = 1.0       # voxels beyond which a bound of a doubtful cue counts less and less
 SIZE_SIGMA = 0.3  # by how many standard deviations size and pose may disagree
+OPEN = 1.2        # of its extent that a structure may go on beyond an open face
 ITERATIONS = 2    # Levenberg-Marquardt steps a call
 FARTHEST = 0.9    # of the truncation: bounds beyond it say no more than that the surface is far
 
@@ -51,21 +52,44 @@ def first_poses(cue: Cue, size: int, count: int, seed: int = 0) -> Float[Tensor,
     """Poses that a cue allows, by its own bounding box alone; the first takes the box as that of the whole structure.
 
     Others are larger, most of them slightly (a fifth at most, or 2.2 times where an axis was not seen: a section across
-    a long structure), and moved within the room that this leaves. Matter in excess makes the box of a doubtful cue too
+    a long structure), and moved within the room that this leaves. Beyond a face behind which nothing was seen they may
+    reach as far again. Matter in excess makes the box of a doubtful cue too
     large, so that they may be smaller by a quarter there.
     """
     low, high = cue.box_mm
-    extent, middle = high - low, (low + high) / 2
+    extent = high - low
     generator = Generator().manual_seed(seed)
     spread = torch.rand(count, 4, generator=generator, dtype=torch.float64).numpy()
     spread[0] = [0.5, 0.5, 0.5, 0.0]
     flat = 0.3 * extent.max() > extent  # a plane: nothing is known of this axis
-    longest = extent.max() * (2.2 ** spread[:, 3:] if flat.any() else 1.2 ** spread[:, 3:] ** 2)
+    grown = torch.rand(count, 2, 3, generator=generator, dtype=torch.float64).numpy()
+    grown[0] = 0
+    if not flat.any():
+        grown = OPEN * grown * open_faces(cue) * extent
+        low, high = low - grown[:, 0], high + grown[:, 1]
+        extent = high - low
+    middle = (low + high) / 2
+    most = extent.max(axis=-1, keepdims=True)
+    longest = most * (2.2 ** spread[:, 3:] if flat.any() else 1.2 ** spread[:, 3:] ** 2)
     if cue.doubtful:
         longest = longest * 0.75 ** spread[:, 3:]
     room = np.abs(longest - extent) * np.where(flat, 0.6, 0.5)
     centre = middle + (spread[:, :3] - 0.5) * room
     return torch.from_numpy(np.concatenate([centre, np.log(MARGIN * longest / size)], axis=1)).float()
+
+
+def open_faces(cue: Cue) -> Bool[np.ndarray, "2 3"]:
+    """Beyond which faces (low, high) of the box of what was seen inside nothing was seen: it may go on there."""
+    low, high = cue.box_mm
+    reach = 0.1 * (high - low).max()
+    points = cue.points_mm
+    held = (points >= low) & (points <= high)
+    found = np.zeros((2, 3), bool)
+    for axis in range(3):
+        place = points[held[:, [a for a in range(3) if a != axis]].all(axis=1), axis]
+        found[0, axis] = not ((place < low[axis]) & (place > low[axis] - reach)).any()
+        found[1, axis] = not ((place > high[axis]) & (place < high[axis] + reach)).any()
+    return found
 
 
 class Posed:
@@ -103,8 +127,15 @@ class Posed:
         def residual(z0: Tensor) -> Tensor:
             volume, size = self._parts(z0)
             missed = _missed(sample(volume, q, self.model.plan.size), low, high)
-            return torch.cat([-weight * missed, known * (target - size)], dim=1)
+            r = torch.cat([-weight * missed, known * (target - size)], dim=1)
+            return r if self.fixed else r - (follows @ (onto @ r[..., None]))[..., 0]
 
+        if not self.fixed:  # what the pose will follow needs no change of shape: variable projection
+            with torch.no_grad():
+                by_size = torch.zeros(len(known), 1, 4)
+                by_size[:, 0, 3] = known[:, 0] / self.model.plan.size_deviation
+                follows = torch.cat([-weight[..., None] * self._slopes(volume)[1], by_size], dim=1)
+                onto = torch.linalg.solve(_damped(follows.transpose(1, 2) @ follows), follows.transpose(1, 2))
         return residual
 
     def of_volume(self, volume: Float[Tensor, "b 1 n n n"]) -> Callable[[Tensor], Float[Tensor, "b n"]]:
@@ -148,9 +179,8 @@ class Posed:
         apart = (self.model.size_of(pose[:, 3:]) - size) / SIZE_SIGMA
         return square.sum(1) / self.sigma**2 + self.knows_size * (apart**2).sum(1)
 
-    @torch.no_grad()
-    def _improve(self, volume: Tensor, size: Tensor) -> None:
-        """One Levenberg-Marquardt step of every sample's four numbers, taken where it helps, halved once if not."""
+    def _slopes(self, volume: Tensor) -> tuple[Float[Tensor, "b n"], Float[Tensor, "b n 4"]]:
+        """Misses in voxels of the cube, and their derivatives by the pose in units of its voxel."""
         n = self.model.plan.size
         q, low, high = self._placed(self.pose)
         step = torch.eye(3)
@@ -160,7 +190,12 @@ class Posed:
         value = sample(volume, q, n)
         missed = _missed(value, low, high)
         active = (missed != 0).float()[..., None]
-        jacobian = active * torch.cat([-slope, value[..., None] - (slope * q).sum(2, keepdim=True)], dim=2)
+        return missed, active * torch.cat([-slope, value[..., None] - (slope * q).sum(2, keepdim=True)], dim=2)
+
+    @torch.no_grad()
+    def _improve(self, volume: Tensor, size: Tensor) -> None:
+        """One Levenberg-Marquardt step of every sample's four numbers, taken where it helps, halved once if not."""
+        missed, jacobian = self._slopes(volume)
         units = self._units(self.pose)
         weight = (self._weights(missed * units) * units / self.sigma)[..., None]
         a, r = weight * jacobian, weight[..., 0] * missed
@@ -168,8 +203,7 @@ class Posed:
         share = self.knows_size / (self.model.plan.size_deviation * SIZE_SIGMA) ** 2
         normal[:, 3, 3] += share
         right[:, 3] += share * (self.pose[:, 3] - self.model.log_voxel_mm(size[:, 0]))
-        normal = normal + torch.diag_embed(0.1 * normal.diagonal(dim1=1, dim2=2) + 1e-3)
-        move = -torch.linalg.solve(normal, right)
+        move = -torch.linalg.solve(_damped(normal), right)
         move = move * (torch.tensor([4.0, 4.0, 4.0, 0.15]) / move.abs().clamp(min=1e-9)).clamp(max=1).amin(1, True)
         before = self._cost(volume, size, self.pose)
         for share_of_move in (1.0, 0.4):
@@ -181,6 +215,11 @@ class Posed:
             self.pose = torch.where(better[:, None], moved, self.pose)
             before = torch.where(better, after, before)
             move = torch.where(better[:, None], torch.zeros_like(move), move)
+
+
+def _damped(normal: Float[Tensor, "b 4 4"]) -> Float[Tensor, "b 4 4"]:
+    """Levenberg-Marquardt."""
+    return normal + torch.diag_embed(0.1 * normal.diagonal(dim1=1, dim2=2) + 1e-3)
 
 
 def _missed(d: Tensor, low: Tensor, high: Tensor) -> Tensor:

@@ -6,8 +6,8 @@
 `shape` are the codes of the linear autoencoder, `size` the standardised logarithm of the cube's voxel in mm, `text`
 a whitened projection of the sentence embedding. All lie along the channels of (b, c, 1, 1, 1). Size and text have unit
 variance. Codes keep the spectrum of shapes, so that noise hides details before it hides what the shape is; their
-deviations are the denoiser's `sigma_data`, that of the first is `FIRST`. The denoiser starts from a mixture of one Gaussian
-for every category and side, and one of all shapes.
+deviations are the denoiser's `sigma_data`, that of the first is `FIRST`. The denoiser starts from a mixture of one
+Gaussian for every category and side, and one of all shapes.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ class ShapePlan:
     format_version: int = 1
 
     def __post_init__(self) -> None:
-        for key in ("size", "side", "modes", "text_channels", "width", "blocks", "components", "rank", "batch", "steps"):
+        counts = ("size", "side", "modes", "text_channels", "width", "blocks", "components", "rank", "batch", "steps")
+        for key in counts:
             value = getattr(self, key)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise GenMedError(f"plan key '{key}' must be a positive integer, but is {value!r}.")
@@ -116,6 +117,17 @@ class ShapeModel:
     @property
     def fields(self) -> Fields:
         return self.denoiser.fields
+
+    @property
+    def mixture(self) -> Mixture:
+        """What the denoiser starts from."""
+        assert self.denoiser.prior is not None
+        return self.denoiser.prior
+
+    @property
+    def words(self) -> Float[Tensor, "m d"]:
+        """Values of the field `text` in the middle of every Gaussian's captions; the last is that of all shapes."""
+        return self.mixture.mean[:, -self.plan.text_channels :]
 
     def size_of(self, log_voxel_mm: Tensor) -> Tensor:
         """Values of the field `size`."""

@@ -10,7 +10,7 @@ SMALLEST_WEIGHT = 1e-4
 
 
 class Mixture(nn.Module):
-    """Σ_m w_m N(μ_m, Σ_m), the first `wide` channels with Σ = U diag(v) Uᵀ + f I, the others with variances of their own.
+    """Σ_m w_m N(μ_m, Σ_m), Σ = U diag(v) Uᵀ + f I for the first `wide` channels, variances for the others.
 
     Everything is a buffer, nothing is trained: `fit` sets it from groups of samples.
     """

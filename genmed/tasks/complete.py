@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from genmed.cue import Cue, with_sides
+from genmed.cue import Cue, thinned, with_sides
 from genmed.errors import GenMedError
 from genmed.fields import Field, Fields
 from genmed.guide import consistent, guided, retry
@@ -24,8 +24,10 @@ from genmed.tasks.segment import Interval
 from genmed.volume import Grid
 
 STEPS = 16      # noise levels of a trajectory
-TRIED = 6       # trajectories from different poses for each sample; those that miss the cue least are kept
-START_SIGMA = 10.0
+TRIED = 2       # trajectories from different poses for each sample; those of least energy are kept
+START_SIGMA = 30.0
+SUPPOSED_POSES, SUPPOSED_POINTS, SUPPOSED_STEPS = 2, 400, 8  # of every structure that a cue might be of
+KEPT = 6        # suppositions that are gone on with
 POSED_BELOW = 1.0  # noise level from which poses are fitted: louder estimates are blurred, and seem too small
 BLUR = 0.3      # noise level at which trajectories are compared
 RELAX = 1.0     # of the guide's line search
@@ -76,7 +78,7 @@ def complete(
     cue: Cue,
     *,
     text: Float[Tensor, " d"] | None = None,
-    samples: int = 4,
+    samples: int = 12,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Completion:
@@ -84,7 +86,7 @@ def complete(
 
     Args:
         text: sentence embedding of a caption (`genmed.text.embed`), or None.
-        samples: how many are returned; several poses are tried for each, and those kept that miss the cue least.
+        samples: how many are returned; more are drawn, from several poses, and those of least energy kept.
         progress: called with the finished share.
 
     Raises:
@@ -93,7 +95,13 @@ def complete(
     started = time.monotonic()
     if samples < 1:
         raise GenMedError(f"samples {samples}: must be 1 or more.")
-    z0, posed = draw(model, with_sides(cue, seed), text, TRIED * samples, seed, progress)
+    cue = with_sides(cue, seed)
+    count = TRIED * samples
+    if text is None:
+        poses, words = supposed(model, cue, count, seed)
+    else:
+        poses, words = first_poses(cue, model.plan.size, count, seed), model.text_of(text[None]).expand(count, -1)
+    z0, posed = draw(model, cue, poses, words, seed, progress=progress)
     order = energy(z0, posed).argsort()[:samples]
     codes = z0[order][:, model.fields.slice("shape")].flatten(1)
     volume = model.autoencoder.decode(codes, model.plan.size)
@@ -106,14 +114,37 @@ def complete(
     return Completion(shapes, missed, _interval(shapes), time.monotonic() - started, seed)
 
 
-def draw(
-    model: ShapeModel, cue: Cue, text: Tensor | None, count: int, seed: int, progress: Progress | None = None
-) -> tuple[Float[Tensor, "b c 1 1 1"], Posed]:
-    """Guided trajectories: the fields of every one and the poses they ended at."""
-    fields, plan = model.fields, model.plan
-    poses = first_poses(cue, plan.size, count, seed)
-    words = None if text is None else model.text_of(text[None]).view(1, -1, 1, 1, 1)
+def supposed(model: ShapeModel, cue: Cue, count: int, seed: int) -> tuple[Float[Tensor, "n 4"], Float[Tensor, "n d"]]:
+    """Poses and words to start from where nobody said what the cue is of.
 
+    Every structure that the model knows is supposed in turn, and none (words of NaN), from a few poses and with few
+    points and levels. Those of least energy are gone on with.
+    """
+    words = model.words.clone()
+    words[-1] = torch.nan
+    words = words.repeat_interleave(SUPPOSED_POSES, dim=0)
+    poses = first_poses(cue, model.plan.size, SUPPOSED_POSES, seed).repeat(len(model.words), 1)
+    z0, posed = draw(model, thinned(cue, SUPPOSED_POINTS, seed), poses, words, seed, steps=SUPPOSED_STEPS)
+    best = energy(z0, posed).argsort()[:KEPT]
+    chosen = best.repeat(-(-count // len(best)))[:count]
+    return posed.pose[chosen], words[chosen]
+
+
+def draw(
+    model: ShapeModel,
+    cue: Cue,
+    poses: Float[Tensor, "n 4"],
+    words: Float[Tensor, "n d"],
+    seed: int,
+    *,
+    steps: int = STEPS,
+    progress: Progress | None = None,
+) -> tuple[Float[Tensor, "n c 1 1 1"], Posed]:
+    """Guided trajectories from poses, given words (none where they are NaN): their fields, and poses they ended at."""
+    fields, plan = model.fields, model.plan
+    count = len(poses)
+    silent = words.isnan().any(dim=1)
+    spoken = words.nan_to_num(0.0)[..., None, None, None]
     last: list[Posed] = []
 
     def trajectory(scale: float) -> Tensor:
@@ -122,24 +153,20 @@ def draw(
 
         def denoise(z: Tensor, sigma: float) -> Tensor:
             posed.fixed = sigma > POSED_BELOW
-            levels = torch.full((len(z), len(fields)), sigma)
+            levels = torch.full((count, len(fields)), sigma)
             levels[:, fields.index("size")] = torch.where(posed.knows_size > 0, sigma, plan.sigma_max)
-            levels[:, fields.index("text")] = plan.sigma_max if words is None else 0.0
-            parts = fields.split(z)
-            if words is not None:
-                parts["text"] = words.expand(len(z), -1, -1, -1, -1)
-            return model.denoiser(fields.join(parts), levels)
+            levels[:, fields.index("text")] = torch.where(silent, plan.sigma_max, 0.0)
+            return model.denoiser(fields.join(fields.split(z) | {"text": spoken}), levels)
 
         generators = seeded([seed * 1_000_003 + i for i in range(count)])
-        sigmas = schedule(START_SIGMA, plan.sigma_min, STEPS)
         z = START_SIGMA * noise(torch.zeros(count, fields.channels, 1, 1, 1), generators)
         steered = guided(denoise, fields, posed, relax=RELAX, scale=scale)
 
         def report(step: int, sigma: float, z: Tensor, z0_hat: Tensor) -> None:
             if progress:
-                progress((step + 1) / (STEPS + 2))
+                progress((step + 1) / (steps + 2))
 
-        return euler(steered, z, sigmas, callback=report)
+        return euler(steered, z, schedule(START_SIGMA, plan.sigma_min, steps), callback=report)
 
     z0 = retry(trajectory)
     last[0](z0)  # once more: the pose of the final estimate
@@ -180,10 +207,9 @@ def energy(z0: Float[Tensor, "b c 1 1 1"], posed: Posed) -> Float[Tensor, " b"]:
     Minus twice the logarithm of the posterior under the mixture that the denoiser starts from, blurred by `BLUR`. Where
     the cue leaves much open, all trajectories meet it, and the second part decides.
     """
-    denoiser = posed.model.denoiser
     hidden = torch.zeros(z0.shape[:2])
-    hidden[:, denoiser.fields.slice("text")] = 1
-    return posed.cost(z0) - 2 * denoiser.prior.log_density(z0.flatten(1), torch.full_like(hidden, BLUR), hidden)
+    hidden[:, posed.model.fields.slice("text")] = 1
+    return posed.cost(z0) - 2 * posed.model.mixture.log_density(z0.flatten(1), torch.full_like(hidden, BLUR), hidden)
 
 
 def honoured(volume: Float[Tensor, "b 1 n n n"], posed: Posed) -> Float[Tensor, "b 1 n n n"]:
