@@ -185,6 +185,24 @@ def test_bad_options_give_one_line_and_no_file(
     assert [path.name for path in tmp_path.iterdir()] == ["part.nii.gz"]
 
 
+def test_the_input_is_never_overwritten(part: Path, folder: Path, tmp_path: Path) -> None:
+    surface, mask = tmp_path / "part.stl", tmp_path / "mask.nii.gz"
+    save_mesh(ball(30.0), surface)
+    mask.write_bytes(part.read_bytes())
+    (tmp_path / "link.nii.gz").symlink_to(part)
+    before = {path: path.read_bytes() for path in (part, surface, mask)}
+    for given, out, options in (
+        (part, part, ["--planes", TRIPLE]),
+        (part, tmp_path / "link.nii.gz", ["--planes", TRIPLE]),
+        (part, mask, ["--observed", mask]),
+        (surface, surface, []),
+    ):
+        result = genmed("complete", given, "--model", folder, "--out", out, *options)
+        failed_in_one_line(result, out.name, "would overwrite the input")
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert not list(tmp_path.glob("*.json"))
+
+
 def test_bad_parts_give_one_line(folder: Path, tmp_path: Path) -> None:
     several = tmp_path / "several.nii.gz"
     Volume(np.pad(np.array([[[[1, 2]]]], np.uint8), ((0, 0), *[(4, 4)] * 3)), np.eye(4)).save(several)

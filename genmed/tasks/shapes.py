@@ -47,6 +47,9 @@ def complete_file(
     suffix = next((s for s in OUT_SUFFIXES if out.name.lower().endswith(s)), None)
     if suffix is None:
         raise GenMedError(f"--out {out}: cannot write this; name it {', '.join(OUT_SUFFIXES)}.")
+    for given in (part, None if observed is None else Path(observed).expanduser()):
+        if given is not None and out.resolve() == given.resolve():
+            raise GenMedError(f"--out {out}: would overwrite the input; choose another.")
     if samples < 1 or seed < 0:
         raise GenMedError(f"--samples {samples} --seed {seed}: samples must be 1 or more, the seed 0 or more.")
     warning, embedding = words(model, text)
