@@ -101,10 +101,12 @@ def test_the_result_lies_on_the_grid_and_keeps_what_was_seen(
 
 
 def test_unseen_voxels_change_no_voxel_of_the_result(part: Path, folder: Path, tmp_path: Path) -> None:
+    """Other labels, fractions, NaN and infinity neither."""
     label = gm.read_labels(part)
     seen = planes_of(label, {"axial": [14], "coronal": [18]})
-    garbage = np.where(seen, label.data[0], np.random.default_rng(0).integers(0, 4, seen.shape))
-    Volume(garbage[None].astype(np.uint8), label.affine).save(tmp_path / "garbage.nii.gz")
+    garbage = np.random.default_rng(0).choice([0, 1, 3, -2, 0.5, np.nan, np.inf], seen.shape)
+    garbage = np.where(seen, label.data[0], garbage)[None].astype(np.float32)
+    Volume(garbage, label.affine).save(tmp_path / "garbage.nii.gz")
     results = []
     for name in ("part", "garbage"):
         out = tmp_path / f"{name}-out.nii.gz"
@@ -113,6 +115,10 @@ def test_unseen_voxels_change_no_voxel_of_the_result(part: Path, folder: Path, t
         assert result.exit_code == 0, result.output
         results.append(gm.read_labels(out).data)
     np.testing.assert_array_equal(*results)
+    for planes, words in (("axial=14,sagittal=17", "NaN or infinite"), (None, "NaN or infinite")):
+        options = [] if planes is None else ["--planes", planes]
+        failed_in_one_line(genmed("complete", tmp_path / "garbage.nii.gz", "--model", folder, "--out",
+                                  tmp_path / "none.nii.gz", *options), words)  # fmt: skip
 
 
 def test_a_mask_text_and_a_mesh_out(part: Path, folder: Path, tmp_path: Path) -> None:
@@ -206,6 +212,8 @@ def test_the_input_is_never_overwritten(part: Path, folder: Path, tmp_path: Path
 def test_bad_parts_give_one_line(folder: Path, tmp_path: Path) -> None:
     several = tmp_path / "several.nii.gz"
     Volume(np.pad(np.array([[[[1, 2]]]], np.uint8), ((0, 0), *[(4, 4)] * 3)), np.eye(4)).save(several)
+    half = tmp_path / "half.nii.gz"
+    Volume(np.full((1, 8, 8, 8), 0.5, np.float32), np.eye(4)).save(half)
     empty = tmp_path / "empty.nii.gz"
     Volume(np.zeros((1, 8, 8, 8), np.uint8), np.eye(4)).save(empty)
     metres = tmp_path / "metres.stl"
@@ -219,6 +227,7 @@ def test_bad_parts_give_one_line(folder: Path, tmp_path: Path) -> None:
     save_mesh(whole, sound)
     for path, options, words in (
         (several, [], "several labels"),
+        (half, [], "not labels"),
         (empty, [], "cue is empty"),
         (metres, [], "metres"),
         (opened, [], "open"),

@@ -18,7 +18,7 @@ from genmed.mesh import MESH_SUFFIXES, read_mesh, repair, save_mesh, signed_dist
 from genmed.shape import cube
 from genmed.shape_model import ShapeModel
 from genmed.tasks.complete import Completion, Progress, complete, generate
-from genmed.volume import Volume, read_labels, require_same_grid
+from genmed.volume import Volume, read, read_labels, require_same_grid
 
 NIFTI = (".nii.gz", ".nii")
 OUT_SUFFIXES = (*NIFTI, ".stl", ".ply", ".glb")
@@ -161,7 +161,9 @@ def _mesh_cue(part: Path, planes: Mapping[str, Sequence[float]], observed: str |
 def _label_cue(
     part: Path, planes: Mapping[str, Sequence[float]], observed: str | Path | None, seed: int
 ) -> tuple[Volume, Bool[np.ndarray, "x y z"] | None, Cue]:
-    label = read_labels(part)
+    label = read(part, finite=False)  # what was not seen may be anything
+    if label.data.shape[0] != 1:
+        raise GenMedError(f"{part}: {label.data.shape[0]} channels; a label map has one.")
     seen: Bool[np.ndarray, "x y z"] | None = None
     if planes:
         if any(value != int(value) for values in planes.values() for value in values):
@@ -171,13 +173,22 @@ def _label_cue(
         mask = read_labels(observed)
         require_same_grid(label, mask)
         seen = (mask.data[0] != 0) if seen is None else seen | (mask.data[0] != 0)
-    values = np.unique(label.data[0] if seen is None else label.data[0][seen])
-    if len(values[values != 0]) > 1:
-        raise GenMedError(f"{part}: holds several labels ({values[values != 0].tolist()[:5]}); give one structure.")
+    _require_one_structure(part, label.data[0] if seen is None else label.data[0][seen])
     try:
         return label, seen, cue_of_labels(label.data[0] != 0, label.affine, seen, doubtful=seen is None, seed=seed)
     except GenMedError as error:
         raise GenMedError(f"{part}: {error}") from error
+
+
+def _require_one_structure(part: Path, seen: np.ndarray) -> None:
+    """Raise `GenMedError` unless the voxels that were seen are 0 and one label."""
+    if missing := np.count_nonzero(~np.isfinite(seen)):
+        raise GenMedError(f"{part}: {missing} of {seen.size} seen voxels are NaN or infinite; leave them unseen.")
+    values = np.unique(seen)
+    if (fractions := values[values != np.rint(values)]).size:
+        raise GenMedError(f"{part}: values such as {fractions[0]:g} are not labels; save whole numbers.")
+    if len(labels := values[values != 0].astype(int).tolist()) > 1:
+        raise GenMedError(f"{part}: holds several labels ({labels[:5]}); give one structure.")
 
 
 def _write(
