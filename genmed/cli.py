@@ -460,9 +460,10 @@ def complete_shape(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Complete a structure from planes, a part or a broken surface of it.
+    """Complete a structure from planes or a part of it.
 
-    With --planes or --observed, everything else of PART is unseen, whatever it holds. A label map lies on PART's grid.
+    With --planes or --observed, everything else of PART is unseen, whatever it holds. Without both, all of it is seen;
+    of a surface, up to a fifth may be missing. A label map lies on PART's grid.
     """
     from genmed.shape_model import load_shapes
     from genmed.tasks.shapes import complete_file

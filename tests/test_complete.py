@@ -7,7 +7,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from test_cli import failed_in_one_line
-from test_mesh import ball
+from test_mesh import ball, together
 from test_shape import AFFINES, dice
 from tiny_shapes import EXTENT_MM, RADII, ellipsoid_distance
 from typer.testing import CliRunner, Result
@@ -18,7 +18,7 @@ from genmed.cue import cue_of_labels, planes_of
 from genmed.errors import GenMedError
 from genmed.mesh import Mesh, read_mesh, save_mesh
 from genmed.shape_model import ShapeModel, load_shapes
-from genmed.tasks.shapes import parse_planes
+from genmed.tasks.shapes import cue_of_sections, parse_planes
 from genmed.text import embed
 from genmed.volume import Volume
 
@@ -145,15 +145,66 @@ def test_a_surface_is_cut_by_planes_in_mm(folder: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(middle, [200, -30, 70], atol=12)
 
 
-@pytest.mark.parametrize("words", ["spleen of a cat's left liver and kidney", "linke Niere"])
-def test_a_text_that_names_nothing_known_is_said_and_not_used(
-    words: str, part: Path, folder: Path, tmp_path: Path
+HOLLOW = together(ball(30.0), Mesh(ball(15.0).vertices, ball(15.0).faces[:, ::-1]))
+
+
+@pytest.mark.parametrize("planes", [{"axial": [0.5]}, {"axial": [0.0, 12.0], "coronal": [-20.0], "sagittal": [7.0]}])
+def test_sections_of_a_surface_say_what_is_inside(planes: dict[str, list[float]]) -> None:
+    for faces in (HOLLOW.faces, HOLLOW.faces[:, ::-1]):
+        cue, ribbons = cue_of_sections(Mesh(HOLLOW.vertices, faces), planes)
+        radius = np.linalg.norm(cue.points_mm, axis=1)
+        inside, clear = (radius > 15) & (radius < 30), (np.abs(radius[:, None] - [15, 30]) > 0.1).all(axis=1)
+        clear &= (cue.lower_mm != 0) | (cue.upper_mm != 0)
+        np.testing.assert_array_equal((cue.upper_mm <= 0)[clear], inside[clear])
+        assert inside.any() and not inside.all()
+        off = np.abs(np.linalg.norm(ribbons.vertices, axis=1)[:, None] - [15, 30]).min(axis=1)
+        assert off.max() < 1.0  # as wide as the cue is fine
+
+
+@pytest.mark.parametrize("unseen", ["a larger body", "holes", "turned faces", "a hole met"])
+def test_nothing_of_a_surface_outside_its_planes_is_looked_at(unseen: str) -> None:
+    vertices, faces = HOLLOW.vertices, HOLLOW.faces
+    heights, draws = vertices[faces][:, :, 2], np.random.default_rng(0).random(len(faces))
+    mesh = {
+        "a larger body": together(HOLLOW, ball(100.0, (0, 0, 300))),
+        "holes": Mesh(vertices, faces[(np.abs(heights) < 6).any(axis=1)]),
+        "turned faces": Mesh(vertices, np.where(draws[:, None] < 0.3, faces[:, ::-1], faces)),
+        "a hole met": Mesh(vertices, np.delete(faces, np.abs(heights - 0.5).max(axis=1).argmin(), axis=0)),
+    }[unseen]
+    apart = Mesh(mesh.vertices[mesh.faces].reshape(-1, 3), np.arange(3 * len(mesh.faces)).reshape(-1, 3))
+    found, expected = (cue_of_sections(m, {"axial": [0.5]})[0] for m in (apart, HOLLOW))  # apart: as in STL files
+    np.testing.assert_allclose(found.points_mm, expected.points_mm)
+    np.testing.assert_allclose(found.lower_mm, expected.lower_mm)
+    np.testing.assert_allclose(found.upper_mm, expected.upper_mm)
+
+
+def test_what_was_repaired_is_told(folder: Path, tmp_path: Path) -> None:
+    whole = ball(50.0)
+    save_mesh(Mesh(whole.vertices, whole.faces[20:]), tmp_path / "part.stl")
+    result = genmed("complete", tmp_path / "part.stl", "--model", folder, "--out", tmp_path / "out.stl", "--samples", 1)
+    assert result.exit_code == 0, result.output
+    repairs = json.loads((tmp_path / "out.manifest.json").read_text())["repairs"]
+    assert len(repairs) == 1 and "closed" in repairs[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        ("spleen of a cat's left liver and kidney", "names several structures (kidney, spleen)"),
+        ("linke Niere", "names no structure that this model knows (femur, kidney, spleen)"),
+        ("renal artery", "also says 'artery', so that kidney may not be meant"),
+    ],
+)
+def test_a_text_that_is_not_of_one_known_structure_is_said_and_not_used(
+    words: str, why: str, part: Path, folder: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out.nii.gz"
     options = ("--planes", TRIPLE, "--samples", 1, "--text", words)
     result = genmed("complete", part, "--model", folder, "--out", out, *options)
-    assert result.exit_code == 0 and "names no structure that this model knows" in result.stderr
+    assert result.exit_code == 0 and result.stderr.count("\n") == 1 and f'"{words}" {why}' in result.stderr
     assert json.loads((tmp_path / "out.manifest.json").read_text())["text"] is None
+    made = genmed("generate", "--model", folder, "--out", tmp_path, "-n", 1, "--text", words)
+    assert made.exit_code == 0 and f'"{words}" {why}; going on without text' in made.stderr
 
 
 def test_generate_writes_surfaces_and_what_they_are(folder: Path, tmp_path: Path) -> None:
@@ -189,6 +240,15 @@ def test_bad_options_give_one_line_and_no_file(
     result = genmed("complete", part, *(word for pair in chosen.items() for word in pair))
     failed_in_one_line(result, *words)
     assert [path.name for path in tmp_path.iterdir()] == ["part.nii.gz"]
+
+
+def test_fewer_shapes_leave_none_of_an_earlier_run(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "shape-0002.stl.txt").write_text("mine")
+    (tmp_path / "shape-0009.stl").write_text("mine, too")
+    for count in (3, 1):
+        assert genmed("generate", "--model", folder, "-n", count, "--out", tmp_path).exit_code == 0
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["generated.json", "shape-0000.stl", "shape-0002.stl.txt", "shape-0009.stl"]
 
 
 def test_the_input_is_never_overwritten(part: Path, folder: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -9,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 
-from genmed.cue import Cue, cue_of_labels, cue_of_mesh, planes_of
+from genmed.cue import AXES, MESH_VOXELS, ROOM, Cue, cue_of_labels, cue_of_points, planes_of
 from genmed.errors import GenMedError
 from genmed.files import sha256_of, write_json
-from genmed.mesh import MESH_SUFFIXES, read_mesh, repair, save_mesh, signed_distance
+from genmed.mesh import MESH_SUFFIXES, Mesh, merged, read_mesh, repair, save_mesh, signed_distance
 from genmed.shape import cube
 from genmed.shape_model import ShapeModel
 from genmed.tasks.complete import Completion, Progress, complete, generate
@@ -41,7 +42,8 @@ def complete_file(
     """Complete a binary label map or a surface, and write a label map or a surface with a manifest beside it.
 
     With planes or a mask, everything else of PART is unseen, and seen voxels come back as they were. Without both, all
-    of PART is seen and none of it is trusted to the voxel. Returns what the manifest says. Raises `GenMedError`.
+    of PART is seen and none of it is trusted to the voxel; a surface is repaired, of which a fifth may be missing.
+    Returns what the manifest says. Raises `GenMedError`.
     """
     part, out = Path(part).expanduser(), Path(out).expanduser()
     suffix = next((s for s in OUT_SUFFIXES if out.name.lower().endswith(s)), None)
@@ -55,8 +57,9 @@ def complete_file(
     warning, embedding = words(model, text)
     wanted = parse_planes(planes)
     label, seen = None, None
+    repairs: tuple[str, ...] = ()
     if part.suffix.lower() in MESH_SUFFIXES:
-        cue = _mesh_cue(part, wanted, observed, seed)
+        cue, _, repairs = _mesh_cue(part, wanted, observed, seed)
     else:
         label, seen, cue = _label_cue(part, wanted, observed, seed)
     try:
@@ -70,6 +73,7 @@ def complete_file(
         "part_sha256": sha256_of(part) if part.is_file() else "",
         "model": model.plan.name,
         "weights_sha256": model.sha256,
+        "repairs": list(repairs),
         "planes": {name: list(values) for name, values in wanted.items()},
         "text": text if embedding is not None else None,
         "warning": warning,
@@ -88,7 +92,10 @@ def complete_file(
 def generate_files(
     model: ShapeModel, out: str | Path, count: int, *, text: str | None = None, seed: int = 0, command: str = ""
 ) -> dict[str, Any]:
-    """Draw shapes and write them as STL around the origin, with generated.json; returns what that says."""
+    """Draw shapes and write them as STL around the origin, with generated.json; returns what that says.
+
+    Shapes that an earlier generated.json lists are replaced, and deleted where fewer are drawn now.
+    """
     out = Path(out).expanduser()
     if out.exists() and not out.is_dir():
         raise GenMedError(f"--out {out}: is a file; give a folder.")
@@ -96,6 +103,7 @@ def generate_files(
         raise GenMedError(f"-n {count} --seed {seed}: give 1 to {MOST} shapes and a seed of 0 or more.")
     warning, embedding = words(model, text)
     rows: list[dict[str, Any]] = []
+    before = _generated(out)
     for number, shape in enumerate(generate(model, count, text=embedding, seed=seed)):
         try:
             mesh = shape.to_mesh()
@@ -117,7 +125,18 @@ def generate_files(
         "shapes": rows,
     }
     write_json(out / "generated.json", facts)
+    for name in before - {row["file"] for row in rows}:
+        (out / name).unlink(missing_ok=True)
     return facts
+
+
+def _generated(folder: Path) -> set[str]:
+    """Files that the generated.json of a folder lists."""
+    try:
+        rows = json.loads((folder / "generated.json").read_text("utf-8"))["shapes"]
+        return {row["file"] for row in rows if re.fullmatch(r"shape-\d{4}\.stl", row["file"] or "")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
 
 
 def words(model: ShapeModel, text: str | None) -> tuple[str, Any]:
@@ -127,9 +146,8 @@ def words(model: ShapeModel, text: str | None) -> tuple[str, Any]:
     if text is None:
         return "", None
     named = understand(text, model.plan.categories)
-    if named is None:
-        known = ", ".join(model.plan.categories)
-        return f'"{text}" names no structure that this model knows ({known}); going on without text', None
+    if isinstance(named, str):
+        return f'"{text}" {named}; going on without text', None
     return "", embed([text])[0]
 
 
@@ -144,18 +162,96 @@ def parse_planes(text: str | None) -> dict[str, list[float]]:
     return found
 
 
-def _mesh_cue(part: Path, planes: Mapping[str, Sequence[float]], observed: str | Path | None, seed: int) -> Cue:
+def _mesh_cue(
+    part: Path, planes: Mapping[str, Sequence[float]], observed: str | Path | None, seed: int
+) -> tuple[Cue, Mesh, tuple[str, ...]]:
+    """The cue, the surface that was seen, and what had to be repaired."""
     if observed is not None:
         raise GenMedError(f"{part}: --observed is a mask of a label map; cut a surface with --planes in mm.")
     mesh = read_mesh(part)
     try:
-        mesh, _ = repair(mesh)
         if planes:
-            return cue_of_mesh(mesh, planes, seed=seed)
+            return *cue_of_sections(mesh, planes, seed=seed), ()
+        mesh, repairs = repair(mesh)
         grid = cube(mesh, 64)
-        return cue_of_labels(signed_distance(mesh, grid) < 0, grid.affine, doubtful=True, seed=seed)
+        cue = cue_of_labels(signed_distance(mesh, grid) < 0, grid.affine, doubtful=True, seed=seed)
+        return cue, mesh, repairs
     except GenMedError as error:
         raise GenMedError(f"{part}: {error}") from error
+
+
+def cue_of_sections(mesh: Mesh, planes_mm: Mapping[str, Sequence[float]], *, seed: int = 0) -> tuple[Cue, Mesh]:
+    """`genmed.cue.cue_of_mesh` of which nothing outside the planes is looked at; and ribbons along the sections.
+
+    Inside is, within each plane, where the generalised winding number (Jacobson et al., SIGGRAPH 2013) of the section's
+    outline exceeds one half either way round, so that gaps and surfaces that look inward do no harm. Raises
+    `GenMedError` where no plane meets the surface.
+    """
+    mesh = merged(mesh)
+    cuts = [(AXES[name], at, section(mesh, AXES[name], at)) for name, places in planes_mm.items() for at in places]
+    cuts = [cut for cut in cuts if len(cut[2])]
+    if not cuts:
+        raise GenMedError("the cue is empty: no plane meets the surface; give positions in mm between its ends.")
+    extent = max(float(np.ptp(lines, axis=(0, 1)).max()) for _, _, lines in cuts)
+    step, room = extent / MESH_VOXELS, extent * ROOM
+    points, inside = [], []
+    for axis, at, lines in cuts:
+        low, high = lines.min(axis=(0, 1)), lines.max(axis=(0, 1))
+        sides = [np.arange(low[k] - room, high[k] + room, step) if k != axis else np.array([at]) for k in range(3)]
+        points.append(np.stack(np.meshgrid(*sides, indexing="ij"), axis=-1).reshape(-1, 3))
+        near = ((points[-1] >= low) & (points[-1] <= high))[:, np.arange(3) != axis].all(axis=1)
+        inside.append(near)
+        inside[-1][near] = np.abs(_turns(np.delete(lines, axis, 2), np.delete(points[-1][near], axis, 1))) > 0.5
+    cue = cue_of_points(np.concatenate(points), np.concatenate(inside), step, seed=seed)
+    return cue, _ribbons([(axis, lines) for axis, _, lines in cuts], step)
+
+
+def section(mesh: Mesh, axis: int, at: float) -> Float[np.ndarray, "n 2 3"]:
+    """Line segments in which triangles meet the plane where a world axis is `at` mm, all turning the same way round."""
+    above = mesh.vertices[:, axis] > at
+    met = above[mesh.faces].any(axis=1) & ~above[mesh.faces].all(axis=1)
+    first = _one_way_round(mesh.vertices, mesh.faces[met])
+    second = np.roll(first, -1, axis=1)
+    ends = []
+    for side in (False, True):  # every triangle goes up through the plane along one edge, and down along another
+        crossing = (above[first] == side) & (above[second] != side)
+        a, b = mesh.vertices[first[crossing]], mesh.vertices[second[crossing]]
+        ends.append(a + (b - a) * ((at - a[:, axis]) / (b - a)[:, axis])[:, None])
+    return np.stack(ends, axis=1)
+
+
+def _one_way_round(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
+    """Faces turned so that neighbours agree, as most of those that are connected did."""
+    import trimesh
+
+    surface = trimesh.Trimesh(vertices, faces, process=False)
+    if not len(faces) or surface.is_winding_consistent:
+        return faces
+    trimesh.repair.fix_winding(surface)
+    turned = (surface.faces != faces).any(axis=1)
+    piece = trimesh.graph.connected_component_labels(surface.face_adjacency, node_count=len(faces))
+    mostly = np.bincount(piece, turned) > np.bincount(piece) / 2
+    return np.where((turned != mostly[piece])[:, None], faces[:, ::-1], faces)
+
+
+def _turns(lines: Float[np.ndarray, "n 2 2"], points: Float[np.ndarray, "m 2"]) -> Float[np.ndarray, " m"]:
+    """How often line segments go round points of their plane."""
+    angles = np.empty(len(points))
+    for number, point in enumerate(points):
+        a, b = (lines[:, end] - point for end in (0, 1))
+        angles[number] = np.arctan2(a[:, 0] * b[:, 1] - a[:, 1] * b[:, 0], (a * b).sum(axis=1)).sum()
+    return angles / (2 * np.pi)
+
+
+def _ribbons(sections: Sequence[tuple[int, np.ndarray]], height_mm: float) -> Mesh:
+    """A strip across its plane for every line segment."""
+    corners = []
+    for axis, lines in sections:
+        across = height_mm / 2 * np.eye(3)[axis]
+        corners.append(np.stack([lines - across, lines[:, ::-1] + across], axis=1).reshape(-1, 4, 3))
+    vertices = np.concatenate(corners).reshape(-1, 3)
+    quads = np.arange(len(vertices)).reshape(-1, 4)
+    return Mesh(vertices, quads[:, [0, 1, 2, 0, 2, 3]].reshape(-1, 3))
 
 
 def _label_cue(
