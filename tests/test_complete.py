@@ -1,6 +1,8 @@
 """Completion and generation by a tiny trained model, from Python and from the command line."""
 
+import base64
 import json
+import zlib
 from pathlib import Path
 
 import nibabel as nib
@@ -14,6 +16,7 @@ from typer.testing import CliRunner, Result
 
 import genmed as gm
 from genmed.cli import app
+from genmed.comparison import OBSERVED, REDUNDANT, UNOBSERVED
 from genmed.cue import cue_of_labels, planes_of
 from genmed.errors import GenMedError
 from genmed.mesh import Mesh, read_mesh, save_mesh
@@ -187,6 +190,49 @@ def test_what_was_repaired_is_told(folder: Path, tmp_path: Path) -> None:
     assert len(repairs) == 1 and "closed" in repairs[0]
 
 
+def matter_of(page: str) -> list[dict[int, int]]:
+    """How many vertices of each class every column has."""
+    scene = json.loads(page.split("id=scene>")[1].split("</script>")[0])
+    found = []
+    for column in scene["columns"]:
+        content = zlib.decompress(base64.b64decode(column["data"]))[-column["vertices"] :]
+        found.append(dict(zip(*(a.tolist() for a in np.unique(list(content), return_counts=True)), strict=True)))
+    return found
+
+
+def test_a_page_shows_what_was_seen_beside_the_completion(part: Path, folder: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    pages = []
+    for whole in (part, tmp_path / "other.nii.gz"):
+        if whole != part:  # what is not seen is not in the page
+            data = gm.read_labels(part).data.copy()
+            data[..., :14] = 1
+            Volume(data, np.diag([4.0, 4, 4, 1])).save(whole)
+        result = genmed("complete", whole, "--model", folder, "--out", tmp_path / "out.nii.gz", "--samples", 1,
+                        "--planes", "axial=14,axial=17", "--page", page)  # fmt: skip
+        assert result.exit_code == 0, result.output
+        pages.append(page.read_text("utf-8"))
+    seen, completed = matter_of(pages[0])
+    assert set(seen) == {OBSERVED} and set(completed) == {OBSERVED, UNOBSERVED}
+    assert matter_of(pages[1]) == [seen, completed]
+    scene = json.loads(pages[0].split("id=scene>")[1].split("</script>")[0])
+    assert [np.unique(np.array(plane)[:, 2]).tolist() for plane in scene["planes"]] == [[56.0], [68.0]]
+    assert json.loads((tmp_path / "out.manifest.json").read_text())["page"] == str(page)
+
+
+@pytest.mark.parametrize("planes", [[], ["--planes", "axial=75,sagittal=198"]])
+def test_a_page_of_a_surface_shows_matter_that_does_not_belong(planes: list[str], folder: Path, tmp_path: Path) -> None:
+    radii = np.array(RADII["kidney"]) * EXTENT_MM["kidney"] / 2
+    kidney = Mesh(ball(1.0).vertices * radii + [200.0, -30, 70], ball(1.0).faces)
+    save_mesh(together(kidney, ball(16.0, (255, -30, 70))), tmp_path / "part.stl")
+    page = tmp_path / "page.html"
+    result = genmed("complete", tmp_path / "part.stl", "--model", folder, "--out", tmp_path / "out.stl", "--samples", 1,
+                    "--page", page, *planes)  # fmt: skip
+    assert result.exit_code == 0, result.output
+    seen, completed = matter_of(page.read_text("utf-8"))
+    assert (REDUNDANT in seen) == (not planes) and OBSERVED in seen and REDUNDANT not in completed
+
+
 @pytest.mark.parametrize(
     ("words", "why"),
     [
@@ -227,6 +273,7 @@ def test_generate_writes_surfaces_and_what_they_are(folder: Path, tmp_path: Path
         (["--samples", 0], ["samples"]),
         (["--seed", -1], ["seed"]),
         (["--out", "out.txt"], ["out.txt", ".stl"]),
+        (["--page", "page.txt"], ["--page page.txt", "page.html"]),
         (["--model", "hippocampus-mr"], ["model of images"]),
         (["--observed", "nowhere.nii.gz"], ["nowhere.nii.gz"]),
     ],

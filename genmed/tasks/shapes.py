@@ -12,12 +12,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
+from genmed.comparison import slice_corners
 from genmed.cue import AXES, MESH_VOXELS, ROOM, Cue, cue_of_labels, cue_of_points, planes_of
 from genmed.errors import GenMedError
-from genmed.files import sha256_of, write_json
-from genmed.mesh import MESH_SUFFIXES, Mesh, merged, read_mesh, repair, save_mesh, signed_distance
+from genmed.files import sha256_of, write_bytes, write_json
+from genmed.mesh import MESH_SUFFIXES, Mesh, merged, read_mesh, repair, require_libraries, save_mesh, signed_distance
 from genmed.shape import cube
 from genmed.shape_model import ShapeModel
+from genmed.tasks.compare import completion_page, require_page
+from genmed.tasks.compare import surface as surface_of_mask
 from genmed.tasks.complete import Completion, Progress, complete, generate
 from genmed.volume import Volume, read, read_labels, require_same_grid
 
@@ -36,6 +39,7 @@ def complete_file(
     text: str | None = None,
     samples: int = 4,
     seed: int = 0,
+    page: str | Path | None = None,
     command: str = "",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -43,7 +47,7 @@ def complete_file(
 
     With planes or a mask, everything else of PART is unseen, and seen voxels come back as they were. Without both, all
     of PART is seen and none of it is trusted to the voxel; a surface is repaired, of which a fifth may be missing.
-    Returns what the manifest says. Raises `GenMedError`.
+    `page` is an HTML page of what was seen beside its completion. Returns what the manifest says. Raises `GenMedError`.
     """
     part, out = Path(part).expanduser(), Path(out).expanduser()
     suffix = next((s for s in OUT_SUFFIXES if out.name.lower().endswith(s)), None)
@@ -56,10 +60,14 @@ def complete_file(
         raise GenMedError(f"--samples {samples} --seed {seed}: samples must be 1 or more, the seed 0 or more.")
     warning, embedding = words(model, text)
     wanted = parse_planes(planes)
-    label, seen = None, None
+    if page is not None:
+        page = Path(page).expanduser()
+        require_page("--page", page)
+        require_libraries()
+    label, seen, surface = None, None, None
     repairs: tuple[str, ...] = ()
     if part.suffix.lower() in MESH_SUFFIXES:
-        cue, _, repairs = _mesh_cue(part, wanted, observed, seed)
+        cue, surface, repairs = _mesh_cue(part, wanted, observed, seed)
     else:
         label, seen, cue = _label_cue(part, wanted, observed, seed)
     try:
@@ -83,8 +91,16 @@ def complete_file(
         "volume_ml": None if found.volume_ml is None else found.volume_ml._asdict(),
         "seconds": round(found.seconds, 2),
         "out": str(out),
+        "page": None if page is None else str(page),
     }
-    _write(found, label, seen, cue, out, suffix)
+    made = _made(found, label, seen, cue, suffix)
+    html = "" if page is None else _page(made, label, seen, surface, cue, wanted, part.name, facts)
+    if isinstance(made, Volume):
+        made.save(out)
+    else:
+        save_mesh(made, out)
+    if page is not None:
+        write_bytes(page, html.encode("utf-8", "replace"))
     write_json(out.with_name(out.name[: -len(suffix)] + ".manifest.json"), facts)
     return facts
 
@@ -287,22 +303,48 @@ def _require_one_structure(part: Path, seen: np.ndarray) -> None:
         raise GenMedError(f"{part}: holds several labels ({labels[:5]}); give one structure.")
 
 
-def _write(
-    found: Completion,
-    label: Volume | None,
-    seen: Bool[np.ndarray, "x y z"] | None,
-    cue: Cue,
-    out: Path,
-    suffix: str,
-) -> None:
+def _made(
+    found: Completion, label: Volume | None, seen: Bool[np.ndarray, "x y z"] | None, cue: Cue, suffix: str
+) -> Volume | Mesh:
+    """The result as it is written."""
     if suffix not in NIFTI:
-        save_mesh(found.mesh(), out)
-        return
+        return found.mesh()
     if label is None:
         grid = found.shapes[0].grid
-        Volume((found.probability(grid) > 0.5).astype(np.uint8)[None], grid.affine).save(out)
-        return
+        return Volume((found.probability(grid) > 0.5).astype(np.uint8)[None], grid.affine)
     whole = found.probability(label.grid) > 0.5
     if seen is not None and not cue.doubtful:
         whole = np.where(seen, label.data[0] != 0, whole)
-    label.like(whole.astype(np.uint8)).save(out)
+    return label.like(whole.astype(np.uint8))
+
+
+def _page(
+    made: Volume | Mesh,
+    label: Volume | None,
+    seen: Bool[np.ndarray, "x y z"] | None,
+    surface: Mesh | None,
+    cue: Cue,
+    planes: Mapping[str, Sequence[float]],
+    name: str,
+    facts: Mapping[str, Any],
+) -> str:
+    """What was seen, of a label map or a surface, beside the result."""
+    from nibabel.orientations import io_orientation
+
+    if isinstance(made, Volume):
+        if not made.data.any():
+            raise GenMedError(f"{name}: the completion holds no voxel, so there is nothing to show; leave out --page.")
+        made = surface_of_mask(made.data[0] != 0, made.affine)
+    affine, axes = np.eye(4), AXES
+    if label is not None:
+        shown = label.data[0] != 0
+        surface = surface_of_mask(shown if seen is None else shown & seen, label.affine)
+        affine, world = label.affine, io_orientation(label.affine)[:, 0].astype(int).tolist()
+        axes = {plane: world.index(axis) for plane, axis in AXES.items()}
+    assert surface is not None
+    places = [(axes[plane], at) for plane, several in planes.items() for at in several]
+    corners = [slice_corners(affine, axis, at, made.vertices) for axis, at in places]
+    figures = {"Volume": f"{abs(made.volume_ml):.3g} ml", "Residual": f"{facts['residual_mm']:.2f} mm"}
+    return completion_page(
+        surface, made, corners, cue.voxel_mm, doubtful=cue.doubtful, title=f"{name}, completed", figures=figures
+    )
