@@ -458,18 +458,22 @@ def complete_shape(
     text: Annotated[str | None, typer.Option(help="What it is, in words.")] = None,
     samples: Annotated[int, typer.Option(help="Shapes to average.")] = 4,
     seed: Seed = 0,
+    page: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also a page in 3D, .html: what was seen beside its completion.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Complete a structure from planes, a part or a broken surface of it.
+    """Complete a structure from planes or a part of it.
 
-    With --planes or --observed, everything else of PART is unseen, whatever it holds. A label map lies on PART's grid.
+    With --planes or --observed, everything else of PART is unseen, whatever it holds. Without both, all of it is seen;
+    of a surface, up to a fifth may be missing. A label map lies on PART's grid.
     """
     from genmed.shape_model import load_shapes
     from genmed.tasks.shapes import complete_file
 
     facts = complete_file(
         load_shapes(model), part, out, planes=planes, observed=observed, text=text, samples=samples, seed=seed,
-        command=_command_line(),
+        page=page, command=_command_line(),
     )  # fmt: skip
     _warn(facts)
     short = f"residual {facts['residual_mm']:.2f} mm, {facts['seconds']:.1f} s -> {facts['out']}"

@@ -112,7 +112,7 @@ def read_mesh(path: str | os.PathLike[str], unit: str = "mm") -> Mesh:
         hint = "metres" if SMALLEST_MM <= extent * 1000 <= LARGEST_MM else "another unit"
         raise GenMedError(
             f"{path}: the longest extent is {extent:.3g} mm, so the file is probably in {hint}; "
-            "convert it to mm, or name its unit where the command has --unit."
+            "scale it to mm."
         )
     return mesh
 
@@ -273,7 +273,7 @@ def _closed(mesh: Mesh, notes: list[str]) -> Mesh:
     areas = _areas(whole)
     share = float(areas[len(mesh.faces) :].sum() / max(areas.sum(), 1e-300))
     if share > MAX_OPEN:
-        raise GenMedError(f"the surface is open: {share:.0%} of it is missing; give a closed surface.")
+        raise GenMedError(f"the surface is open: {share:.0%} of it is missing, more than {MAX_OPEN:.0%}; close it.")
     notes.append(f"{holes} holes closed ({share:.1%} of the surface)")
     return whole
 

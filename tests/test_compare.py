@@ -302,7 +302,7 @@ def text(path: Path) -> Path:
         (points, "points.ply", "no triangles"),
         (scan, "scan.nii.gz", "a scan; segment it"),
         (lambda path: label_file(path, np.zeros((3, 3, 3), np.uint8)), "empty.nii.gz", "every voxel is 0"),
-        (lambda path: sized(path, 0.01), "metres.stl", "probably in metres; convert it to mm"),
+        (lambda path: sized(path, 0.01), "metres.stl", "probably in metres; scale it to mm"),
         (lambda path: sized(path, 600), "large.stl", "times as large as the truth"),
     ],
 )

@@ -1,24 +1,27 @@
 """Completion and generation by a tiny trained model, from Python and from the command line."""
 
+import base64
 import json
+import zlib
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 from test_cli import failed_in_one_line
-from test_mesh import ball
+from test_mesh import ball, together
 from test_shape import AFFINES, dice
 from tiny_shapes import EXTENT_MM, RADII, ellipsoid_distance
 from typer.testing import CliRunner, Result
 
 import genmed as gm
 from genmed.cli import app
+from genmed.comparison import OBSERVED, REDUNDANT, UNOBSERVED
 from genmed.cue import cue_of_labels, planes_of
 from genmed.errors import GenMedError
 from genmed.mesh import Mesh, read_mesh, save_mesh
 from genmed.shape_model import ShapeModel, load_shapes
-from genmed.tasks.shapes import parse_planes
+from genmed.tasks.shapes import cue_of_sections, parse_planes
 from genmed.text import embed
 from genmed.volume import Volume
 
@@ -101,10 +104,12 @@ def test_the_result_lies_on_the_grid_and_keeps_what_was_seen(
 
 
 def test_unseen_voxels_change_no_voxel_of_the_result(part: Path, folder: Path, tmp_path: Path) -> None:
+    """Other labels, fractions, NaN and infinity neither."""
     label = gm.read_labels(part)
     seen = planes_of(label, {"axial": [14], "coronal": [18]})
-    garbage = np.where(seen, label.data[0], np.random.default_rng(0).integers(0, 4, seen.shape))
-    Volume(garbage[None].astype(np.uint8), label.affine).save(tmp_path / "garbage.nii.gz")
+    garbage = np.random.default_rng(0).choice([0, 1, 3, -2, 0.5, np.nan, np.inf], seen.shape)
+    garbage = np.where(seen, label.data[0], garbage)[None].astype(np.float32)
+    Volume(garbage, label.affine).save(tmp_path / "garbage.nii.gz")
     results = []
     for name in ("part", "garbage"):
         out = tmp_path / f"{name}-out.nii.gz"
@@ -113,6 +118,10 @@ def test_unseen_voxels_change_no_voxel_of_the_result(part: Path, folder: Path, t
         assert result.exit_code == 0, result.output
         results.append(gm.read_labels(out).data)
     np.testing.assert_array_equal(*results)
+    for planes, words in (("axial=14,sagittal=17", "NaN or infinite"), (None, "NaN or infinite")):
+        options = [] if planes is None else ["--planes", planes]
+        failed_in_one_line(genmed("complete", tmp_path / "garbage.nii.gz", "--model", folder, "--out",
+                                  tmp_path / "none.nii.gz", *options), words)  # fmt: skip
 
 
 def test_a_mask_text_and_a_mesh_out(part: Path, folder: Path, tmp_path: Path) -> None:
@@ -139,15 +148,109 @@ def test_a_surface_is_cut_by_planes_in_mm(folder: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(middle, [200, -30, 70], atol=12)
 
 
-@pytest.mark.parametrize("words", ["spleen of a cat's left liver and kidney", "linke Niere"])
-def test_a_text_that_names_nothing_known_is_said_and_not_used(
-    words: str, part: Path, folder: Path, tmp_path: Path
+HOLLOW = together(ball(30.0), Mesh(ball(15.0).vertices, ball(15.0).faces[:, ::-1]))
+
+
+@pytest.mark.parametrize("planes", [{"axial": [0.5]}, {"axial": [0.0, 12.0], "coronal": [-20.0], "sagittal": [7.0]}])
+def test_sections_of_a_surface_say_what_is_inside(planes: dict[str, list[float]]) -> None:
+    for faces in (HOLLOW.faces, HOLLOW.faces[:, ::-1]):
+        cue, ribbons = cue_of_sections(Mesh(HOLLOW.vertices, faces), planes)
+        radius = np.linalg.norm(cue.points_mm, axis=1)
+        inside, clear = (radius > 15) & (radius < 30), (np.abs(radius[:, None] - [15, 30]) > 0.1).all(axis=1)
+        clear &= (cue.lower_mm != 0) | (cue.upper_mm != 0)
+        np.testing.assert_array_equal((cue.upper_mm <= 0)[clear], inside[clear])
+        assert inside.any() and not inside.all()
+        off = np.abs(np.linalg.norm(ribbons.vertices, axis=1)[:, None] - [15, 30]).min(axis=1)
+        assert off.max() < 1.0  # as wide as the cue is fine
+
+
+@pytest.mark.parametrize("unseen", ["a larger body", "holes", "turned faces", "a hole met"])
+def test_nothing_of_a_surface_outside_its_planes_is_looked_at(unseen: str) -> None:
+    vertices, faces = HOLLOW.vertices, HOLLOW.faces
+    heights, draws = vertices[faces][:, :, 2], np.random.default_rng(0).random(len(faces))
+    mesh = {
+        "a larger body": together(HOLLOW, ball(100.0, (0, 0, 300))),
+        "holes": Mesh(vertices, faces[(np.abs(heights) < 6).any(axis=1)]),
+        "turned faces": Mesh(vertices, np.where(draws[:, None] < 0.3, faces[:, ::-1], faces)),
+        "a hole met": Mesh(vertices, np.delete(faces, np.abs(heights - 0.5).max(axis=1).argmin(), axis=0)),
+    }[unseen]
+    apart = Mesh(mesh.vertices[mesh.faces].reshape(-1, 3), np.arange(3 * len(mesh.faces)).reshape(-1, 3))
+    found, expected = (cue_of_sections(m, {"axial": [0.5]})[0] for m in (apart, HOLLOW))  # apart: as in STL files
+    np.testing.assert_allclose(found.points_mm, expected.points_mm)
+    np.testing.assert_allclose(found.lower_mm, expected.lower_mm)
+    np.testing.assert_allclose(found.upper_mm, expected.upper_mm)
+
+
+def test_what_was_repaired_is_told(folder: Path, tmp_path: Path) -> None:
+    whole = ball(50.0)
+    save_mesh(Mesh(whole.vertices, whole.faces[20:]), tmp_path / "part.stl")
+    result = genmed("complete", tmp_path / "part.stl", "--model", folder, "--out", tmp_path / "out.stl", "--samples", 1)
+    assert result.exit_code == 0, result.output
+    repairs = json.loads((tmp_path / "out.manifest.json").read_text())["repairs"]
+    assert len(repairs) == 1 and "closed" in repairs[0]
+
+
+def matter_of(page: str) -> list[dict[int, int]]:
+    """How many vertices of each class every column has."""
+    scene = json.loads(page.split("id=scene>")[1].split("</script>")[0])
+    found = []
+    for column in scene["columns"]:
+        content = zlib.decompress(base64.b64decode(column["data"]))[-column["vertices"] :]
+        found.append(dict(zip(*(a.tolist() for a in np.unique(list(content), return_counts=True)), strict=True)))
+    return found
+
+
+def test_a_page_shows_what_was_seen_beside_the_completion(part: Path, folder: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    pages = []
+    for whole in (part, tmp_path / "other.nii.gz"):
+        if whole != part:  # what is not seen is not in the page
+            data = gm.read_labels(part).data.copy()
+            data[..., :14] = 1
+            Volume(data, np.diag([4.0, 4, 4, 1])).save(whole)
+        result = genmed("complete", whole, "--model", folder, "--out", tmp_path / "out.nii.gz", "--samples", 1,
+                        "--planes", "axial=14,axial=17", "--page", page)  # fmt: skip
+        assert result.exit_code == 0, result.output
+        pages.append(page.read_text("utf-8"))
+    seen, completed = matter_of(pages[0])
+    assert set(seen) == {OBSERVED} and set(completed) == {OBSERVED, UNOBSERVED}
+    assert matter_of(pages[1]) == [seen, completed]
+    scene = json.loads(pages[0].split("id=scene>")[1].split("</script>")[0])
+    assert [np.unique(np.array(plane)[:, 2]).tolist() for plane in scene["planes"]] == [[56.0], [68.0]]
+    assert json.loads((tmp_path / "out.manifest.json").read_text())["page"] == str(page)
+
+
+@pytest.mark.parametrize("planes", [[], ["--planes", "axial=75,sagittal=198"]])
+def test_a_page_of_a_surface_shows_matter_that_does_not_belong(planes: list[str], folder: Path, tmp_path: Path) -> None:
+    radii = np.array(RADII["kidney"]) * EXTENT_MM["kidney"] / 2
+    kidney = Mesh(ball(1.0).vertices * radii + [200.0, -30, 70], ball(1.0).faces)
+    save_mesh(together(kidney, ball(16.0, (255, -30, 70))), tmp_path / "part.stl")
+    page = tmp_path / "page.html"
+    result = genmed("complete", tmp_path / "part.stl", "--model", folder, "--out", tmp_path / "out.stl", "--samples", 1,
+                    "--page", page, *planes)  # fmt: skip
+    assert result.exit_code == 0, result.output
+    seen, completed = matter_of(page.read_text("utf-8"))
+    assert (REDUNDANT in seen) == (not planes) and OBSERVED in seen and REDUNDANT not in completed
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        ("spleen of a cat's left liver and kidney", "names several structures (kidney, spleen)"),
+        ("linke Niere", "names no structure that this model knows (femur, kidney, spleen)"),
+        ("renal artery", "also says 'artery', so that kidney may not be meant"),
+    ],
+)
+def test_a_text_that_is_not_of_one_known_structure_is_said_and_not_used(
+    words: str, why: str, part: Path, folder: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out.nii.gz"
     options = ("--planes", TRIPLE, "--samples", 1, "--text", words)
     result = genmed("complete", part, "--model", folder, "--out", out, *options)
-    assert result.exit_code == 0 and "names no structure that this model knows" in result.stderr
+    assert result.exit_code == 0 and result.stderr.count("\n") == 1 and f'"{words}" {why}' in result.stderr
     assert json.loads((tmp_path / "out.manifest.json").read_text())["text"] is None
+    made = genmed("generate", "--model", folder, "--out", tmp_path, "-n", 1, "--text", words)
+    assert made.exit_code == 0 and f'"{words}" {why}; going on without text' in made.stderr
 
 
 def test_generate_writes_surfaces_and_what_they_are(folder: Path, tmp_path: Path) -> None:
@@ -170,6 +273,7 @@ def test_generate_writes_surfaces_and_what_they_are(folder: Path, tmp_path: Path
         (["--samples", 0], ["samples"]),
         (["--seed", -1], ["seed"]),
         (["--out", "out.txt"], ["out.txt", ".stl"]),
+        (["--page", "page.txt"], ["--page page.txt", "page.html"]),
         (["--model", "hippocampus-mr"], ["model of images"]),
         (["--observed", "nowhere.nii.gz"], ["nowhere.nii.gz"]),
     ],
@@ -185,9 +289,38 @@ def test_bad_options_give_one_line_and_no_file(
     assert [path.name for path in tmp_path.iterdir()] == ["part.nii.gz"]
 
 
+def test_fewer_shapes_leave_none_of_an_earlier_run(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "shape-0002.stl.txt").write_text("mine")
+    (tmp_path / "shape-0009.stl").write_text("mine, too")
+    for count in (3, 1):
+        assert genmed("generate", "--model", folder, "-n", count, "--out", tmp_path).exit_code == 0
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["generated.json", "shape-0000.stl", "shape-0002.stl.txt", "shape-0009.stl"]
+
+
+def test_the_input_is_never_overwritten(part: Path, folder: Path, tmp_path: Path) -> None:
+    surface, mask = tmp_path / "part.stl", tmp_path / "mask.nii.gz"
+    save_mesh(ball(30.0), surface)
+    mask.write_bytes(part.read_bytes())
+    (tmp_path / "link.nii.gz").symlink_to(part)
+    before = {path: path.read_bytes() for path in (part, surface, mask)}
+    for given, out, options in (
+        (part, part, ["--planes", TRIPLE]),
+        (part, tmp_path / "link.nii.gz", ["--planes", TRIPLE]),
+        (part, mask, ["--observed", mask]),
+        (surface, surface, []),
+    ):
+        result = genmed("complete", given, "--model", folder, "--out", out, *options)
+        failed_in_one_line(result, out.name, "would overwrite the input")
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert not list(tmp_path.glob("*.json"))
+
+
 def test_bad_parts_give_one_line(folder: Path, tmp_path: Path) -> None:
     several = tmp_path / "several.nii.gz"
     Volume(np.pad(np.array([[[[1, 2]]]], np.uint8), ((0, 0), *[(4, 4)] * 3)), np.eye(4)).save(several)
+    half = tmp_path / "half.nii.gz"
+    Volume(np.full((1, 8, 8, 8), 0.5, np.float32), np.eye(4)).save(half)
     empty = tmp_path / "empty.nii.gz"
     Volume(np.zeros((1, 8, 8, 8), np.uint8), np.eye(4)).save(empty)
     metres = tmp_path / "metres.stl"
@@ -201,6 +334,7 @@ def test_bad_parts_give_one_line(folder: Path, tmp_path: Path) -> None:
     save_mesh(whole, sound)
     for path, options, words in (
         (several, [], "several labels"),
+        (half, [], "not labels"),
         (empty, [], "cue is empty"),
         (metres, [], "metres"),
         (opened, [], "open"),

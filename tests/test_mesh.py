@@ -179,7 +179,7 @@ def test_bad_files_are_refused_in_one_line(tmp_path: Path, name: str, content: b
 
 def test_metres_are_refused_until_they_are_named(tmp_path: Path) -> None:
     path = save_mesh(ball(radius_mm=0.06), tmp_path / "liver.stl")
-    with pytest.raises(GenMedError, match="metres; convert it to mm"):
+    with pytest.raises(GenMedError, match="metres; scale it to mm"):
         read_mesh(path)
     assert read_mesh(path, unit="m").extent_mm == pytest.approx(120, rel=1e-3)
     with pytest.raises(GenMedError, match="another unit"):

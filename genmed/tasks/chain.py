@@ -247,9 +247,12 @@ def structures_of(
 
     `label` lists structures by their labels, `RV,LV`; labels joined by + are one, `Anterior+Posterior`. Without it:
     unions of labels and labels that data sets are known to have, and labels whose names say what they are. `text`
-    names the one structure in the words of the completion model. Raises `GenMedError` for labels that are not there.
+    names the one structure in the words of the completion model. Raises `GenMedError` for labels that are not there,
+    and where the package that reads the words is missing.
     """
-    from genmed.text import understand
+    from genmed.text import require_encoder, understand
+
+    require_encoder()  # else every structure would stay as segmented
 
     names, known = plan.labels[1:], completer.plan.categories
     wanted = [tuple(entry.split("+")) for entry in label.replace(" ", "").split(",")] if label else []
@@ -269,7 +272,7 @@ def structures_of(
     structures, notes = [], []
     for part in wanted:
         words = text or texts.get(part) or " ".join(map(_in_words, part))
-        if understand(words, known) is None:
+        if isinstance(understand(words, known), str):
             notes.append(
                 f"{'+'.join(part)}: the completion model knows no such structure ({words}), only {', '.join(known)}; "
                 "its segmentation is kept, or name it with --label and --text"
@@ -328,7 +331,7 @@ def chain_files(
 ) -> Outcome:
     """Segment and complete everything at `source`; files as of `genmed.tasks.run.segment_files`."""
     options = replace(options or ChainOptions(), complete_sha256=completer.sha256)
-    structures_of(segmenter.plan, completer, options.label, options.text)  # wrong names end here, not in every case
+    structures_of(segmenter.plan, completer, options.label, options.text)  # what is wrong ends here, not in every case
     task = Task("chain", partial(_chained, segmenter, completer, options), options.endings, measures=True)
     return run_cases(task, segmenter, source, out, options, command)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Float
 
-from genmed.comparison import COLOURS, MAX_COLUMNS, PLAIN, Column, comparison_page
+from genmed.comparison import COLOURS, MAX_COLUMNS, OBSERVED, PLAIN, REDUNDANT, UNOBSERVED, Column, comparison_page
 from genmed.errors import GenMedError
 from genmed.files import write_bytes
-from genmed.mesh import MESH_SUFFIXES, Mesh, merged, read_mesh, require_libraries
+from genmed.mesh import MESH_SUFFIXES, Mesh, merged, read_mesh, require_libraries, winding
 from genmed.mesh import surface as zero_level
 from genmed.metrics import dice
 from genmed.shape_metrics import POINTS, chamfer, sample_surface, to_unit_box, uhd
@@ -62,8 +62,7 @@ def compare_files(paths: Sequence[PathLike], out: PathLike, truth: PathLike | No
     that are neither, that are empty, or more than five times as large as the truth.
     """
     out, sources = Path(out), [Path(path).expanduser() for path in paths]
-    if out.suffix.lower() not in (".html", ".htm"):
-        raise GenMedError(f"--out {out}: the result is a web page; name it {out.with_suffix('.html').name}.")
+    require_page("--out", out)
     if not 1 <= len(sources) <= MAX_COLUMNS:
         raise GenMedError(f"{len(sources)} files were given, a page shows 1 to {MAX_COLUMNS}; make several pages.")
     require_libraries()
@@ -82,6 +81,45 @@ def compare_files(paths: Sequence[PathLike], out: PathLike, truth: PathLike | No
         notes=NOTES if whole else (),
     )
     return write_bytes(out, page.encode("utf-8", "replace"))  # of a file name that is no text
+
+
+def completion_page(
+    part: Mesh,
+    whole: Mesh,
+    planes: Sequence[Float[np.ndarray, "4 3"]],
+    fine_mm: float,
+    *,
+    doubtful: bool,
+    title: str,
+    figures: Mapping[str, str],
+) -> str:
+    """The page of a completion: what was seen of PART beside `whole`, in mm, with cutting planes.
+
+    The completion is `OBSERVED` within `fine_mm` of what was seen. Of a doubtful part, what lies further outside of the
+    completion than that is `REDUNDANT`. `figures` stand below the completion.
+    """
+    seen = np.full(len(part.vertices), OBSERVED, np.uint8)
+    if doubtful:
+        outside = winding(whole, part.vertices) < 0.5
+        seen[outside & (_apart(part.vertices, whole) > fine_mm)] = REDUNDANT
+    completed = np.where(_apart(whole.vertices, part) <= fine_mm, OBSERVED, UNOBSERVED).astype(np.uint8)
+    columns = [Column("What was seen", part, seen), Column("Completed", whole, completed, figures)]
+    return comparison_page(columns, title=title, planes=planes)
+
+
+def _apart(points: Float[np.ndarray, "n 3"], mesh: Mesh) -> Float[np.ndarray, " n"]:
+    """Distance of points to a surface, mm."""
+    import point_cloud_utils
+
+    vertices, faces = np.ascontiguousarray(mesh.vertices), np.ascontiguousarray(mesh.faces)
+    found = point_cloud_utils.closest_points_on_mesh(np.ascontiguousarray(points), vertices, faces)
+    return np.asarray(found[0])
+
+
+def require_page(option: str, path: Path) -> None:
+    """Raise `GenMedError` unless a file is named like a web page."""
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise GenMedError(f"{option} {path}: the result is a web page; name it {path.with_suffix('.html').name}.")
 
 
 def _column(title: str, shape: Surfaces, truth: Surfaces | None, names: Sequence[str]) -> Column:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -9,16 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 
-from genmed.cue import Cue, cue_of_labels, cue_of_mesh, planes_of
+from genmed.comparison import slice_corners
+from genmed.cue import AXES, MESH_VOXELS, ROOM, Cue, cue_of_labels, cue_of_points, planes_of
 from genmed.errors import GenMedError
-from genmed.files import sha256_of, write_json
-from genmed.mesh import MESH_SUFFIXES, read_mesh, repair, save_mesh, signed_distance
+from genmed.files import sha256_of, write_bytes, write_json
+from genmed.mesh import MESH_SUFFIXES, Mesh, merged, read_mesh, repair, require_libraries, save_mesh, signed_distance
 from genmed.shape import cube
 from genmed.shape_model import ShapeModel
+from genmed.tasks.compare import completion_page, require_page
+from genmed.tasks.compare import surface as surface_of_mask
 from genmed.tasks.complete import Completion, Progress, complete, generate
-from genmed.volume import Volume, read_labels, require_same_grid
+from genmed.volume import Volume, read, read_labels, require_same_grid
 
 NIFTI = (".nii.gz", ".nii")
 OUT_SUFFIXES = (*NIFTI, ".stl", ".ply", ".glb")
@@ -35,25 +39,35 @@ def complete_file(
     text: str | None = None,
     samples: int = 4,
     seed: int = 0,
+    page: str | Path | None = None,
     command: str = "",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Complete a binary label map or a surface, and write a label map or a surface with a manifest beside it.
 
     With planes or a mask, everything else of PART is unseen, and seen voxels come back as they were. Without both, all
-    of PART is seen and none of it is trusted to the voxel. Returns what the manifest says. Raises `GenMedError`.
+    of PART is seen and none of it is trusted to the voxel; a surface is repaired, of which a fifth may be missing.
+    `page` is an HTML page of what was seen beside its completion. Returns what the manifest says. Raises `GenMedError`.
     """
     part, out = Path(part).expanduser(), Path(out).expanduser()
     suffix = next((s for s in OUT_SUFFIXES if out.name.lower().endswith(s)), None)
     if suffix is None:
         raise GenMedError(f"--out {out}: cannot write this; name it {', '.join(OUT_SUFFIXES)}.")
+    for given in (part, None if observed is None else Path(observed).expanduser()):
+        if given is not None and out.resolve() == given.resolve():
+            raise GenMedError(f"--out {out}: would overwrite the input; choose another.")
     if samples < 1 or seed < 0:
         raise GenMedError(f"--samples {samples} --seed {seed}: samples must be 1 or more, the seed 0 or more.")
     warning, embedding = words(model, text)
     wanted = parse_planes(planes)
-    label, seen = None, None
+    if page is not None:
+        page = Path(page).expanduser()
+        require_page("--page", page)
+        require_libraries()
+    label, seen, surface = None, None, None
+    repairs: tuple[str, ...] = ()
     if part.suffix.lower() in MESH_SUFFIXES:
-        cue = _mesh_cue(part, wanted, observed, seed)
+        cue, surface, repairs = _mesh_cue(part, wanted, observed, seed)
     else:
         label, seen, cue = _label_cue(part, wanted, observed, seed)
     try:
@@ -67,6 +81,7 @@ def complete_file(
         "part_sha256": sha256_of(part) if part.is_file() else "",
         "model": model.plan.name,
         "weights_sha256": model.sha256,
+        "repairs": list(repairs),
         "planes": {name: list(values) for name, values in wanted.items()},
         "text": text if embedding is not None else None,
         "warning": warning,
@@ -76,8 +91,16 @@ def complete_file(
         "volume_ml": None if found.volume_ml is None else found.volume_ml._asdict(),
         "seconds": round(found.seconds, 2),
         "out": str(out),
+        "page": None if page is None else str(page),
     }
-    _write(found, label, seen, cue, out, suffix)
+    made = _made(found, label, seen, cue, suffix)
+    html = "" if page is None else _page(made, label, seen, surface, cue, wanted, part.name, facts)
+    if isinstance(made, Volume):
+        made.save(out)
+    else:
+        save_mesh(made, out)
+    if page is not None:
+        write_bytes(page, html.encode("utf-8", "replace"))
     write_json(out.with_name(out.name[: -len(suffix)] + ".manifest.json"), facts)
     return facts
 
@@ -85,7 +108,10 @@ def complete_file(
 def generate_files(
     model: ShapeModel, out: str | Path, count: int, *, text: str | None = None, seed: int = 0, command: str = ""
 ) -> dict[str, Any]:
-    """Draw shapes and write them as STL around the origin, with generated.json; returns what that says."""
+    """Draw shapes and write them as STL around the origin, with generated.json; returns what that says.
+
+    Shapes that an earlier generated.json lists are replaced, and deleted where fewer are drawn now.
+    """
     out = Path(out).expanduser()
     if out.exists() and not out.is_dir():
         raise GenMedError(f"--out {out}: is a file; give a folder.")
@@ -93,6 +119,7 @@ def generate_files(
         raise GenMedError(f"-n {count} --seed {seed}: give 1 to {MOST} shapes and a seed of 0 or more.")
     warning, embedding = words(model, text)
     rows: list[dict[str, Any]] = []
+    before = _generated(out)
     for number, shape in enumerate(generate(model, count, text=embedding, seed=seed)):
         try:
             mesh = shape.to_mesh()
@@ -114,7 +141,18 @@ def generate_files(
         "shapes": rows,
     }
     write_json(out / "generated.json", facts)
+    for name in before - {row["file"] for row in rows}:
+        (out / name).unlink(missing_ok=True)
     return facts
+
+
+def _generated(folder: Path) -> set[str]:
+    """Files that the generated.json of a folder lists."""
+    try:
+        rows = json.loads((folder / "generated.json").read_text("utf-8"))["shapes"]
+        return {row["file"] for row in rows if re.fullmatch(r"shape-\d{4}\.stl", row["file"] or "")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
 
 
 def words(model: ShapeModel, text: str | None) -> tuple[str, Any]:
@@ -124,9 +162,8 @@ def words(model: ShapeModel, text: str | None) -> tuple[str, Any]:
     if text is None:
         return "", None
     named = understand(text, model.plan.categories)
-    if named is None:
-        known = ", ".join(model.plan.categories)
-        return f'"{text}" names no structure that this model knows ({known}); going on without text', None
+    if isinstance(named, str):
+        return f'"{text}" {named}; going on without text', None
     return "", embed([text])[0]
 
 
@@ -141,24 +178,104 @@ def parse_planes(text: str | None) -> dict[str, list[float]]:
     return found
 
 
-def _mesh_cue(part: Path, planes: Mapping[str, Sequence[float]], observed: str | Path | None, seed: int) -> Cue:
+def _mesh_cue(
+    part: Path, planes: Mapping[str, Sequence[float]], observed: str | Path | None, seed: int
+) -> tuple[Cue, Mesh, tuple[str, ...]]:
+    """The cue, the surface that was seen, and what had to be repaired."""
     if observed is not None:
         raise GenMedError(f"{part}: --observed is a mask of a label map; cut a surface with --planes in mm.")
     mesh = read_mesh(part)
     try:
-        mesh, _ = repair(mesh)
         if planes:
-            return cue_of_mesh(mesh, planes, seed=seed)
+            return *cue_of_sections(mesh, planes, seed=seed), ()
+        mesh, repairs = repair(mesh)
         grid = cube(mesh, 64)
-        return cue_of_labels(signed_distance(mesh, grid) < 0, grid.affine, doubtful=True, seed=seed)
+        cue = cue_of_labels(signed_distance(mesh, grid) < 0, grid.affine, doubtful=True, seed=seed)
+        return cue, mesh, repairs
     except GenMedError as error:
         raise GenMedError(f"{part}: {error}") from error
+
+
+def cue_of_sections(mesh: Mesh, planes_mm: Mapping[str, Sequence[float]], *, seed: int = 0) -> tuple[Cue, Mesh]:
+    """`genmed.cue.cue_of_mesh` of which nothing outside the planes is looked at; and ribbons along the sections.
+
+    Inside is, within each plane, where the generalised winding number (Jacobson et al., SIGGRAPH 2013) of the section's
+    outline exceeds one half either way round, so that gaps and surfaces that look inward do no harm. Raises
+    `GenMedError` where no plane meets the surface.
+    """
+    mesh = merged(mesh)
+    cuts = [(AXES[name], at, section(mesh, AXES[name], at)) for name, places in planes_mm.items() for at in places]
+    cuts = [cut for cut in cuts if len(cut[2])]
+    if not cuts:
+        raise GenMedError("the cue is empty: no plane meets the surface; give positions in mm between its ends.")
+    extent = max(float(np.ptp(lines, axis=(0, 1)).max()) for _, _, lines in cuts)
+    step, room = extent / MESH_VOXELS, extent * ROOM
+    points, inside = [], []
+    for axis, at, lines in cuts:
+        low, high = lines.min(axis=(0, 1)), lines.max(axis=(0, 1))
+        sides = [np.arange(low[k] - room, high[k] + room, step) if k != axis else np.array([at]) for k in range(3)]
+        points.append(np.stack(np.meshgrid(*sides, indexing="ij"), axis=-1).reshape(-1, 3))
+        near = ((points[-1] >= low) & (points[-1] <= high))[:, np.arange(3) != axis].all(axis=1)
+        inside.append(near)
+        inside[-1][near] = np.abs(_turns(np.delete(lines, axis, 2), np.delete(points[-1][near], axis, 1))) > 0.5
+    cue = cue_of_points(np.concatenate(points), np.concatenate(inside), step, seed=seed)
+    return cue, _ribbons([(axis, lines) for axis, _, lines in cuts], step)
+
+
+def section(mesh: Mesh, axis: int, at: float) -> Float[np.ndarray, "n 2 3"]:
+    """Line segments in which triangles meet the plane where a world axis is `at` mm, all turning the same way round."""
+    above = mesh.vertices[:, axis] > at
+    met = above[mesh.faces].any(axis=1) & ~above[mesh.faces].all(axis=1)
+    first = _one_way_round(mesh.vertices, mesh.faces[met])
+    second = np.roll(first, -1, axis=1)
+    ends = []
+    for side in (False, True):  # every triangle goes up through the plane along one edge, and down along another
+        crossing = (above[first] == side) & (above[second] != side)
+        a, b = mesh.vertices[first[crossing]], mesh.vertices[second[crossing]]
+        ends.append(a + (b - a) * ((at - a[:, axis]) / (b - a)[:, axis])[:, None])
+    return np.stack(ends, axis=1)
+
+
+def _one_way_round(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
+    """Faces turned so that neighbours agree, as most of those that are connected did."""
+    import trimesh
+
+    surface = trimesh.Trimesh(vertices, faces, process=False)
+    if not len(faces) or surface.is_winding_consistent:
+        return faces
+    trimesh.repair.fix_winding(surface)
+    turned = (surface.faces != faces).any(axis=1)
+    piece = trimesh.graph.connected_component_labels(surface.face_adjacency, node_count=len(faces))
+    mostly = np.bincount(piece, turned) > np.bincount(piece) / 2
+    return np.where((turned != mostly[piece])[:, None], faces[:, ::-1], faces)
+
+
+def _turns(lines: Float[np.ndarray, "n 2 2"], points: Float[np.ndarray, "m 2"]) -> Float[np.ndarray, " m"]:
+    """How often line segments go round points of their plane."""
+    angles = np.empty(len(points))
+    for number, point in enumerate(points):
+        a, b = (lines[:, end] - point for end in (0, 1))
+        angles[number] = np.arctan2(a[:, 0] * b[:, 1] - a[:, 1] * b[:, 0], (a * b).sum(axis=1)).sum()
+    return angles / (2 * np.pi)
+
+
+def _ribbons(sections: Sequence[tuple[int, np.ndarray]], height_mm: float) -> Mesh:
+    """A strip across its plane for every line segment."""
+    corners = []
+    for axis, lines in sections:
+        across = height_mm / 2 * np.eye(3)[axis]
+        corners.append(np.stack([lines - across, lines[:, ::-1] + across], axis=1).reshape(-1, 4, 3))
+    vertices = np.concatenate(corners).reshape(-1, 3)
+    quads = np.arange(len(vertices)).reshape(-1, 4)
+    return Mesh(vertices, quads[:, [0, 1, 2, 0, 2, 3]].reshape(-1, 3))
 
 
 def _label_cue(
     part: Path, planes: Mapping[str, Sequence[float]], observed: str | Path | None, seed: int
 ) -> tuple[Volume, Bool[np.ndarray, "x y z"] | None, Cue]:
-    label = read_labels(part)
+    label = read(part, finite=False)  # what was not seen may be anything
+    if label.data.shape[0] != 1:
+        raise GenMedError(f"{part}: {label.data.shape[0]} channels; a label map has one.")
     seen: Bool[np.ndarray, "x y z"] | None = None
     if planes:
         if any(value != int(value) for values in planes.values() for value in values):
@@ -168,31 +285,66 @@ def _label_cue(
         mask = read_labels(observed)
         require_same_grid(label, mask)
         seen = (mask.data[0] != 0) if seen is None else seen | (mask.data[0] != 0)
-    values = np.unique(label.data[0] if seen is None else label.data[0][seen])
-    if len(values[values != 0]) > 1:
-        raise GenMedError(f"{part}: holds several labels ({values[values != 0].tolist()[:5]}); give one structure.")
+    _require_one_structure(part, label.data[0] if seen is None else label.data[0][seen])
     try:
         return label, seen, cue_of_labels(label.data[0] != 0, label.affine, seen, doubtful=seen is None, seed=seed)
     except GenMedError as error:
         raise GenMedError(f"{part}: {error}") from error
 
 
-def _write(
-    found: Completion,
-    label: Volume | None,
-    seen: Bool[np.ndarray, "x y z"] | None,
-    cue: Cue,
-    out: Path,
-    suffix: str,
-) -> None:
+def _require_one_structure(part: Path, seen: np.ndarray) -> None:
+    """Raise `GenMedError` unless the voxels that were seen are 0 and one label."""
+    if missing := np.count_nonzero(~np.isfinite(seen)):
+        raise GenMedError(f"{part}: {missing} of {seen.size} seen voxels are NaN or infinite; leave them unseen.")
+    values = np.unique(seen)
+    if (fractions := values[values != np.rint(values)]).size:
+        raise GenMedError(f"{part}: values such as {fractions[0]:g} are not labels; save whole numbers.")
+    if len(labels := values[values != 0].astype(int).tolist()) > 1:
+        raise GenMedError(f"{part}: holds several labels ({labels[:5]}); give one structure.")
+
+
+def _made(
+    found: Completion, label: Volume | None, seen: Bool[np.ndarray, "x y z"] | None, cue: Cue, suffix: str
+) -> Volume | Mesh:
+    """The result as it is written."""
     if suffix not in NIFTI:
-        save_mesh(found.mesh(), out)
-        return
+        return found.mesh()
     if label is None:
         grid = found.shapes[0].grid
-        Volume((found.probability(grid) > 0.5).astype(np.uint8)[None], grid.affine).save(out)
-        return
+        return Volume((found.probability(grid) > 0.5).astype(np.uint8)[None], grid.affine)
     whole = found.probability(label.grid) > 0.5
     if seen is not None and not cue.doubtful:
         whole = np.where(seen, label.data[0] != 0, whole)
-    label.like(whole.astype(np.uint8)).save(out)
+    return label.like(whole.astype(np.uint8))
+
+
+def _page(
+    made: Volume | Mesh,
+    label: Volume | None,
+    seen: Bool[np.ndarray, "x y z"] | None,
+    surface: Mesh | None,
+    cue: Cue,
+    planes: Mapping[str, Sequence[float]],
+    name: str,
+    facts: Mapping[str, Any],
+) -> str:
+    """What was seen, of a label map or a surface, beside the result."""
+    from nibabel.orientations import io_orientation
+
+    if isinstance(made, Volume):
+        if not made.data.any():
+            raise GenMedError(f"{name}: the completion holds no voxel, so there is nothing to show; leave out --page.")
+        made = surface_of_mask(made.data[0] != 0, made.affine)
+    affine, axes = np.eye(4), AXES
+    if label is not None:
+        shown = label.data[0] != 0
+        surface = surface_of_mask(shown if seen is None else shown & seen, label.affine)
+        affine, world = label.affine, io_orientation(label.affine)[:, 0].astype(int).tolist()
+        axes = {plane: world.index(axis) for plane, axis in AXES.items()}
+    assert surface is not None
+    places = [(axes[plane], at) for plane, several in planes.items() for at in several]
+    corners = [slice_corners(affine, axis, at, made.vertices) for axis, at in places]
+    figures = {"Volume": f"{abs(made.volume_ml):.3g} ml", "Residual": f"{facts['residual_mm']:.2f} mm"}
+    return completion_page(
+        surface, made, corners, cue.voxel_mm, doubtful=cue.doubtful, title=f"{name}, completed", figures=figures
+    )
