@@ -456,7 +456,7 @@ def complete_shape(
     ] = None,
     observed: Annotated[Path | None, typer.Option(metavar="MASK", help="Mask of the voxels that were seen.")] = None,
     text: Annotated[str | None, typer.Option(help="What it is, in words.")] = None,
-    samples: Annotated[int, typer.Option(help="Shapes to average.")] = 4,
+    samples: Annotated[int, typer.Option(help="Shapes to average.")] = 12,
     seed: Seed = 0,
     page: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also a page in 3D, .html: what was seen beside its completion.")

@@ -289,4 +289,4 @@ def test_emulated_kidneys_are_scored_against_the_whole_mask(
     found = made.scores(bench.INPUTS["kidneys"][0], "a")
     seen = bench.INPUTS["kidneys"][0].degrade(Volume(kidney()[None].astype(np.uint8), AFFINE), "a").seen
     assert found[bench.OBSERVED] == pytest.approx(dice(kidney() & seen, kidney()))
-    assert found[bench.CHAIN] > found[bench.LINEAR] > found[bench.OBSERVED]
+    assert min(found[bench.CHAIN], found[bench.LINEAR]) > 0.8 > found[bench.OBSERVED]  # a model of one minute

@@ -46,7 +46,7 @@ from genmed.nets.autoencoder import principal_components
 from genmed.pose import Posed, first_poses
 from genmed.shape import Shape, decode, encode
 from genmed.shape_model import ShapeModel, ShapePlan, build_shapes_model
-from genmed.tasks.complete import TRIED, Completion
+from genmed.tasks.complete import Completion
 from genmed.train_shapes import versions
 from genmed.volume import Grid
 
@@ -368,7 +368,7 @@ def test_with_a_gaussian_process_the_draws_that_miss_least_are_kept(
     peer: tuple[Conditioned, Path], data: ShapeDataset, kind: str
 ) -> None:
     cue = draw_cue(data.shape(data.part("tune")[0]), kind, 0)
-    drawn, kept = peer[0].complete(cue, 2 * TRIED), peer[0].complete(cue, 2, gp=True)
+    drawn, kept = peer[0].complete(cue, 2 * shape_conditioned.DRAWN), peer[0].complete(cue, 2, gp=True)
     costs = []
     for shape in drawn:
         centre = np.array(shape.origin_mm) + shape.voxel_mm * 7.5

@@ -34,7 +34,7 @@ from genmed.pose import Posed
 from genmed.samplers import euler, noise, schedule, seeded
 from genmed.shape import MARGIN, Shape, encode
 from genmed.shape_model import ShapeModel
-from genmed.tasks.complete import TRIED, honoured, shape_at
+from genmed.tasks.complete import honoured, shape_at
 from genmed.train import CHECKPOINT, fair_minutes, fit, time_spent
 from genmed.train_shapes import OTHER_SIDE, deformed, training_shapes
 
@@ -47,6 +47,7 @@ DROPPED = 0.1       # share of the training that is not shown the cue
 POSE = 4            # centre in the box, ln of the size over that of the box
 ENCODED = 256       # numbers that the encoder makes of a cue
 STEPS = 16
+DRAWN = 6           # samples for each that is kept, with a Gaussian process
 TRAINING_STEPS = 1_000_000
 GUIDANCE = (1.0, 1.5, 2.0, 3.0)
 CACHE, WEIGHTS, TRAINING = "cues.safetensors", "weights.safetensors", "training.json"
@@ -139,10 +140,10 @@ class Conditioned:
     def complete(self, cue: Cue, samples: int, *, gp: bool = False, seed: int = 0) -> tuple[Shape, ...]:
         """Shapes drawn from noise.
 
-        With `gp` as many are drawn as trajectories of ours, those are kept that miss the cue least, best first, and
+        With `gp` `DRAWN` times as many are drawn, those are kept that miss the cue least, best first, and
         what they miss of it is added, as to ours.
         """
-        plan, count = self.model.plan, TRIED * samples if gp else samples
+        plan, count = self.model.plan, DRAWN * samples if gp else samples
         picture, facts = (x.expand(count, *x.shape[1:]) for x in _shown(cue, self.model))
         told, blank = (self.network.encoded(picture, facts, torch.full((count,), on)) for on in (1.0, 0.0))
 
