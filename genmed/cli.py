@@ -32,8 +32,8 @@ RESUME = {
 }
 INTERRUPTED = 130
 SHOWN = (  # of a finished case
-    "mode", "match", "widened", "residual", "surprise", "doubtful", "slice_thickness_mm", "seconds",
-    "completed", "notes",
+    "mode", "match", "widened", "residual", "surprise", "observed_share", "doubtful", "doubts",
+    "slice_thickness_mm", "seconds", "completed", "notes",
 )  # fmt: skip
 
 
@@ -95,7 +95,7 @@ app = typer.Typer(
 )
 models_app = typer.Typer(no_args_is_help=True, help="List, inspect, pull and push trained models.")
 bench_app = typer.Typer(no_args_is_help=True, help="Redo the published tables, one command each.")
-data_app = typer.Typer(no_args_is_help=True, help="Get and convert public data sets.")
+data_app = typer.Typer(no_args_is_help=True, help="Get, convert and build data sets.")
 app.add_typer(models_app, name="models")
 app.add_typer(bench_app, name="bench")
 app.add_typer(data_app, name="data")
@@ -150,7 +150,11 @@ def genmed(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Segment medical scans, however degraded, with one diffusion model of P(image, label)."""
+    """Segment, restore and complete what was measured, however degraded, with diffusion models of joint distributions.
+
+    `segment`, `restore` and `translate` use a model of scans and their labels; `complete` and `generate` one of
+    shapes; `chain` both. `view` shows shapes in 3D.
+    """
 
 
 @app.command()
@@ -249,8 +253,12 @@ def train(
         from genmed.train_shapes import STEPS as SHAPE_STEPS
         from genmed.train_shapes import train_shapes
 
-        others = {"--split": split, "--spacing": spacing, "--init": init, "--cases": cases}
-        if given := [name for name, value in others.items() if value is not None]:
+        others = {
+            "--split": split is not None, "--spacing": spacing is not None, "--init": init is not None,
+            "--cases": cases is not None, "--preset": preset != "base", "--augmentation": augmentation != "nnunet",
+            "--draw": draw != 0,
+        }  # fmt: skip
+        if given := [name for name, is_given in others.items() if is_given]:
             raise GenMedError(f"{given[0]}: not for shapes ({folder}); leave it out.")
         train_shapes(folder, out, max_minutes=max_minutes, resume=resume, steps=steps or SHAPE_STEPS, seed=seed)
         leave_group()
@@ -283,9 +291,15 @@ def segment(
     ] = "auto",
     match: Annotated[
         str,
-        typer.Option(help="Intensities may differ: auto, none, affine, curve, poly, labels, bias, lncc, mind, mi."),
+        typer.Option(
+            help="Intensities may differ: auto, none, rising, falling, affine, curve, poly, labels, bias, "
+            "lncc, mind, mi."
+        ),
     ] = "auto",
-    samples: Annotated[int | None, typer.Option(help="Samples to average; they give intervals.")] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(help="Samples to average, for intervals; default: one evaluation (conditional), 4 (guided)."),
+    ] = None,
     seed: Seed = 0,
     grid: Annotated[
         str, typer.Option(help="Grid of the label map: input (the scan's own) or model.")
@@ -436,7 +450,10 @@ def _report_synthetic(outcome: Outcome, as_json: bool) -> None:
 
 
 def _report_failures(outcome: Outcome) -> None:
-    """List cases that failed on stderr; exit code 1 if there are any."""
+    """List doubtful cases on stderr with the reason, and those that failed; exit code 1 if any did."""
+    for case, facts in _results(outcome)["cases"].items():
+        for doubt in facts.get("doubts", ()):
+            typer.echo(f"genmed: {case} is doubtful: {doubt}", err=True)
     if outcome.failed:
         total = len(outcome.outputs)
         typer.echo(f"genmed: {len(outcome.failed)} of {total} cases failed:", err=True)
@@ -608,7 +625,10 @@ def bench_segmentation(
     data: Annotated[
         Path | None, typer.Option(envvar="GENMED_DATA", help="Folder that holds the prepared sets by name.")
     ] = None,
-    set_name: Annotated[str, typer.Option("--set", help="hippocampus, acdc or left_atrium.")] = "hippocampus",
+    set_name: Annotated[
+        str | None,
+        typer.Option("--set", help="hippocampus, acdc, left_atrium or hippocampus-1mm; default: the table's first."),
+    ] = None,
     part: Annotated[str, typer.Option(help="Part of the split: tune or report.")] = "report",
     cases: Annotated[int | None, typer.Option(metavar="N", help="So many evenly spread cases; default all.")] = None,
     minutes: Annotated[
@@ -881,6 +901,6 @@ def _segmented_text(outcome: Outcome) -> str:
         how = (
             "finished before" if facts["skipped"] else f"{facts['mode']}{residual}, {facts['seconds']:.1f} s"
         )
-        how += "; DOUBTFUL: unlike what the model knows, look at it" if facts.get("doubtful") else ""
+        how += "; DOUBTFUL, look at it" if facts.get("doubtful") else ""
         lines.append(f"{case}: {volumes} ({how}) -> {facts['out']}")
     return "\n".join(lines)

@@ -129,7 +129,10 @@ def load_template() -> Volume:
     try:
         from nilearn.datasets import load_mni152_template
     except ImportError as error:
-        raise GenMedError('genmed demo needs the template brain in nilearn; run: pip install "genmed[demo]"') from error
+        raise GenMedError(
+            "genmed demo needs the template brain in nilearn; in the repository, run: pip install -c constraints.txt "
+            "'.[demo]'"
+        ) from error
     image = load_mni152_template(resolution=1)
     values = np.rint(255 * image.get_fdata(dtype=np.float32)).astype(np.uint8)  # nilearn divides by 255
     return Volume(values[None], image.affine, header=image.header)

@@ -76,7 +76,9 @@ class Mesh:
 def require_libraries() -> None:
     """Raise `GenMedError` where a library of the extra "shapes" is missing."""
     if missing := [name for name in LIBRARIES if find_spec(name) is None]:
-        raise GenMedError(f'shapes need {", ".join(missing)}; install it with `pip install "genmed[shapes]"`.')
+        raise GenMedError(
+            f"shapes need {', '.join(missing)}; in the repository, run: pip install -c constraints.txt '.[shapes]'"
+        )
 
 
 # Files ----------------------------------------------------------------------------------------------------

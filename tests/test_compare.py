@@ -325,4 +325,4 @@ def test_missing_libraries_are_named_with_their_remedy(tmp_path: Path, monkeypat
     there = meshes.find_spec
     monkeypatch.setattr(meshes, "find_spec", lambda name: None if name == "skimage" else there(name))
     good = label_file(tmp_path / "good.nii.gz", voxel_ball())
-    failed_in_one_line(genmed("view", good, "--out", tmp_path / "page.html"), "shapes need skimage", "genmed[shapes]")
+    failed_in_one_line(genmed("view", good, "--out", tmp_path / "page.html"), "shapes need skimage", "'.[shapes]'")

@@ -224,7 +224,7 @@ def test_demo_runs_end_to_end_with_an_untrained_model(
 
 def test_missing_nilearn_is_told_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nilearn.datasets", None)
-    with pytest.raises(GenMedError, match=r'pip install "genmed\[demo\]"') as error:
+    with pytest.raises(GenMedError, match=r"pip install -c constraints.txt '\.\[demo\]'") as error:
         demo.load_template()
     assert "\n" not in str(error.value)
 

@@ -265,6 +265,7 @@ def test_foreign_statistics_file_is_not_overwritten(fake: FakeSegment, tmp_path:
         {"samples": 0},
         {"seed": -1},
         {"slice_thickness_mm": 0.0},
+        {"match": "affine", "mode": "conditional"},
         {"observed": Path("no-such-mask.nii.gz")},
     ],
 )

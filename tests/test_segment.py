@@ -2,6 +2,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,16 @@ from genmed.errors import GenMedError
 from genmed.hub import Card, Model, save_model
 from genmed.space import Space, apply_matrices, overlap_matrix
 from genmed.surprise import histogram
-from genmed.tasks.segment import MATCHES, Found, attempts_at, conditional, segment
+from genmed.tasks.segment import (
+    MATCHES,
+    UNGUIDED,
+    Found,
+    Segmentation,
+    attempts_at,
+    conditional,
+    observed_share,
+    segment,
+)
 from genmed.tasks.view import SIGMA_Y, View, noise_level, slice_profile
 from genmed.volume import Volume
 
@@ -94,7 +104,9 @@ def test_a_batch_of_two_images_equals_two_single_runs(model: Model) -> None:
 @pytest.mark.parametrize("mode", ["auto", "conditional", *GUIDED])
 @pytest.mark.parametrize("match", ["auto", *MATCHES])
 def test_values_that_were_not_observed_cannot_change_a_byte(measured: Model, mode: str, match: str) -> None:
-    if mode in ("conditional", "joint", "joint-base") and match != "auto":
+    if mode == "conditional" and match not in UNGUIDED:
+        return
+    if mode in ("joint", "joint-base") and match != "auto":
         match = "affine"
     image = scan()
     observed = slices_seen(image)
@@ -192,6 +204,8 @@ def test_a_scan_larger_than_the_training_crops_is_refused_with_advice(model: Mod
         ({"match": "magic"}, "match 'magic' is unknown"),
         ({"grid": "other"}, "grid 'other' is unknown"),
         ({"samples": 0}, "samples must be at least 1"),
+        ({"mode": "conditional", "match": "affine"}, "mode conditional takes auto, none, rising, falling"),
+        ({"slice_thickness_mm": 1.2}, "a slice thickness of 1.2 mm is more than the 1 mm"),
     ],
 )
 def test_unknown_options_are_refused(model: Model, change: dict, message: str) -> None:
@@ -209,6 +223,73 @@ def test_a_mask_that_observes_nothing_is_refused(model: Model) -> None:
     image = scan()
     with pytest.raises(GenMedError, match="observes nothing"):
         segment(model, image, observed=image.like(np.zeros_like(image.data, dtype=np.uint8)))
+
+
+def test_a_thickness_that_a_header_rounds_and_the_whole_spacing_are_taken(model: Model) -> None:
+    coarse = scan((6, 6, 3), np.diag([1, 1, 5, 1]))
+    for thickness in (0.5, 4.9, 5.0, 5.01, np.inf):
+        assert View.of(PLAN, coarse, slice_thickness_mm=thickness).slice_thickness_mm == thickness
+    with pytest.raises(GenMedError, match="more than the 5 mm"):
+        View.of(PLAN, coarse, slice_thickness_mm=40)
+
+
+def found_with(**facts: Any) -> Segmentation:
+    """A guided segmentation that gives no reason for doubt but these."""
+    usual = dict(surprise=1.0, residual=3.0, match="affine", observed_share=0.5)
+    return Segmentation(
+        scan(), None, {}, mode="restore-then-condition", seconds=1.0, seed=0, image=None, **(usual | facts)
+    )
+
+
+@pytest.mark.parametrize(
+    ("facts", "why"),
+    [
+        ({}, []),
+        ({"surprise": None}, []),
+        ({"surprise": 4.1}, ["surprise 4.1, above 4"]),
+        ({"surprise": float("nan")}, ["surprise nan"]),
+        ({"residual": 5.1}, ["residual 5.1, above 5"]),
+        ({"residual": float("nan")}, ["residual nan"]),
+        ({"residual": 15.0, "match": "lncc"}, []),
+        ({"observed_share": 0.009}, ["0.9% of what was found was observed"]),
+        ({"surprise": 9.0, "residual": 9.0, "observed_share": 0.0}, ["surprise", "residual", "0.0%"]),
+    ],
+)
+def test_every_reason_for_doubt_is_told(facts: dict[str, Any], why: list[str]) -> None:
+    found = found_with(**facts)
+    assert found.doubtful == bool(why) and len(found.doubts) == len(why)
+    for line, words in zip(found.doubts, why, strict=True):
+        assert words in line
+
+
+def test_the_observed_share_is_that_of_what_was_found() -> None:
+    image = scan((10, 12, 9), np.eye(4))
+    mask = np.zeros((1, 10, 12, 9), np.uint8)
+    mask[:, :2] = 1
+    view = View.of(PLAN, image, image.like(mask))
+    soft = np.zeros((3, 10, 12, 9), np.float32)
+    soft[0] = 0.5
+    assert observed_share(view, soft) == pytest.approx(0.2)  # nothing was found: of the field of view
+    soft[2, 1:5] = 1
+    assert observed_share(view, soft) == pytest.approx(0.25)
+    soft[2, :2] = 0
+    assert observed_share(view, soft) == 0
+    assert observed_share(View.of(PLAN, image), soft) == 1
+
+
+def test_coarse_voxels_cover_the_working_grid_and_thin_slices_leave_gaps() -> None:
+    view = View.of(PLAN, scan((10, 12, 3), np.diag([1, 1, 5, 1])))
+    assert view.covered.shape == view.image.shape[2:] and bool(view.covered.all())
+    thin = view.with_thin_slices().covered
+    assert torch.where(thin.all(dim=0).all(dim=0))[0].tolist() == [2, 7, 12] and int(thin.sum()) == thin.numel() // 5
+
+
+@pytest.mark.parametrize("mode", ["conditional", *GUIDED])
+def test_a_result_of_a_corner_of_the_scan_is_doubtful_in_every_mode(model: Model, mode: str) -> None:
+    image, mask = scan((14, 15, 16)), np.zeros((1, 14, 15, 16), np.uint8)
+    mask[0, :2, :2, :2] = 1
+    found = segment(model, image, mode=mode, observed=image.like(mask), samples=1)
+    assert found.doubtful and any("was observed, the rest is the model's guess" in line for line in found.doubts)
 
 
 @given(st.integers(1, 12), st.integers(1, 6), st.floats(0.1, 1.0))

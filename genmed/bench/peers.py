@@ -192,7 +192,7 @@ def _monai(name: str) -> Callable[..., Any]:
     try:
         import monai.networks.nets as nets  # imported here: it takes several seconds
     except ImportError as error:
-        raise GenMedError("monai is not installed; run: pip install 'genmed[bench]'") from error
+        raise GenMedError("no monai; in the repository, run: pip install -c constraints.txt '.[bench]'") from error
     return getattr(nets, name)
 
 

@@ -132,7 +132,7 @@ def run(
     out: str | Path,
     *,
     table: str,
-    set_name: str = "hippocampus",
+    set_name: str | None = None,
     part: str = "report",
     cases: int | None = None,
     minutes: float | None = None,
@@ -143,6 +143,7 @@ def run(
 
     Args:
         data: folder of the prepared sets; `runs`: trainings, RUNS/SET/RUN.
+        set_name: one of `tables.SETS`; default: the first of the table.
         cases: so many evenly spread cases of the part; default all.
         minutes: of each training that is missing, instead of the set's.
         methods: columns, names of `METHODS`; default all of the table.
@@ -151,6 +152,8 @@ def run(
     Returns:
         The report in Markdown. `out` gets table.md, cases.csv and the picture table.svg and .png.
     """
+    if set_name is None:
+        set_name = next(iter(TABLES[table].inputs)) if table in TABLES else ""
     chosen, inputs = _table(table, set_name, part, cases)
     columns = _columns(chosen, set_name, methods)
     if data is None:
@@ -184,6 +187,8 @@ def _columns(table: Table, set_name: str, methods: Sequence[str] | None) -> list
     possible = [name for name in table.methods if set_name in METHODS[name].sets]
     if unknown := [name for name in methods or () if name not in possible]:
         raise GenMedError(f"--methods {unknown[0]}: not in this table; choose from {','.join(possible)}.")
+    if methods is not None and not methods:
+        raise GenMedError(f"--methods: names none; choose from {','.join(possible)}.")
     return [name for name in possible if methods is None or name in methods]
 
 

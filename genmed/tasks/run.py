@@ -28,7 +28,7 @@ from genmed.space import on_grid
 from genmed.tasks.inputs import ScanCase, find_cases, stem
 from genmed.tasks.preview import save_preview
 from genmed.tasks.restore import Restoration, restore, save_synthetic, translate
-from genmed.tasks.segment import MATCHES, MODES, Progress, Segmentation, segment
+from genmed.tasks.segment import MATCHES, MODES, UNGUIDED, Progress, Segmentation, segment
 from genmed.volume import Volume, read
 
 CHOICES = {"mode": MODES, "match": ("auto", *MATCHES), "grid": ("input", "model")}
@@ -90,6 +90,8 @@ def _check(options: Options | RestoreOptions) -> None:
     for key, choices in CHOICES.items():
         if key in vars(options) and getattr(options, key) not in choices:
             raise GenMedError(f"--{key} {getattr(options, key)}: unknown; choose one of {', '.join(choices)}.")
+    if isinstance(options, Options) and options.mode == "conditional" and options.match not in UNGUIDED:
+        raise GenMedError(f"--match {options.match}: --mode conditional takes {', '.join(UNGUIDED)}; leave one out.")
     if options.samples is not None and options.samples < 1:
         raise GenMedError(f"--samples {options.samples}: must be 1 or more.")
     if options.seed < 0:
@@ -240,6 +242,8 @@ def made_of(
         "mode": result.mode,
         "surprise": None if result.surprise is None else _finite(result.surprise),
         "doubtful": result.doubtful,
+        "doubts": list(result.doubts),
+        "observed_share": round(result.observed_share, 4),
         "slice_thickness_mm": result.slice_thickness_mm,
         "widened": result.widened,
     }

@@ -44,12 +44,16 @@ MATCHES: dict[str, matches.Match] = {
 }
 BETTER = 2 / 3  # share of the surprise that another explanation may leave
 MONOTONE = ("rising", "falling")
+UNGUIDED = ("auto", "none", *MONOTONE)  # matches of the conditional mode, in which nothing is fitted
 RIGID = ("none", "affine", *MONOTONE)
 OTHER_MODALITY = ("affine", "curve")  # tried in this order when the image is surprising
 STEPS = 8  # noise levels of a guided trajectory
 TRAVELS = 2  # times each level of it between TRAVELLED is repeated with a flexible match, which can settle wrongly
 TRAVELLED = (0.1, 3.0)
 SAMPLES = 4  # guided trajectories that are averaged
+RESIDUAL_LIMIT = 5.0  # of a result that explains its scan: 1 for coarse voxels, 2 to 4.3 for slices at full resolution
+NOT_OF_VOXELS = ("lncc", "mind", "mi")  # matches whose residual is not in units of the voxels' noise
+LEAST_OBSERVED = 0.01  # share of the found structures; of a hippocampus two slices show 0.05
 CONDITIONAL_STEPS = 4  # noise levels of a label drawn given a complete image
 TILED_ABOVE = 2_000_000  # voxels of the working grid above which the network goes patch by patch
 
@@ -71,8 +75,9 @@ class Segmentation:
     `volume_ml` holds an interval for every structure if there were at least two samples. `residual` is the
     root mean square of what the guided samples do not explain of the observation, in units of its noise; it is 0
     in conditional mode, which takes the image as exact. `surprise` says how far the pair of image and label is
-    from clean cases, in standard deviations over these (None for a model that has not measured them); above
-    `genmed.surprise.LIMIT` the result is `doubtful`. `slice_thickness_mm` is what slices were taken to average,
+    from clean cases, in standard deviations over these (None for a model that has not measured them).
+    `observed_share` is the share of the found structures that was observed, on the working grid (of the field of view,
+    where nothing was found). `doubts` judges all three. `slice_thickness_mm` is what slices were taken to average,
     `widened` tells that unseen tissue was restored round a small field of view.
     """
 
@@ -88,11 +93,24 @@ class Segmentation:
     surprise: float | None = None
     slice_thickness_mm: float | None = None
     widened: bool = False
+    observed_share: float = 1.0
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """Why the result must be looked at before it is used, a line each; nothing if there is no reason."""
+        lines = []
+        if self.surprise is not None and not self.surprise <= LIMIT:
+            lines.append(f"unlike what the model knows (surprise {self.surprise:.1f}, above {LIMIT:g})")
+        if self.match not in NOT_OF_VOXELS and not self.residual <= RESIDUAL_LIMIT:
+            lines.append(f"what was observed is not explained (residual {self.residual:.1f}, above {RESIDUAL_LIMIT:g})")
+        if self.observed_share < LEAST_OBSERVED:
+            lines.append(f"{self.observed_share:.1%} of what was found was observed, the rest is the model's guess")
+        return tuple(lines)
 
     @property
     def doubtful(self) -> bool:
-        """The scan is outside what the model explains: look at the result before it is used."""
-        return self.surprise is not None and self.surprise > LIMIT
+        """There are `doubts`."""
+        return bool(self.doubts)
 
 
 class Attempt(NamedTuple):
@@ -140,7 +158,8 @@ def segment(
             image (affine for coarse voxels, whose averaging takes contrast away) unless what is found surprises
             the model; then others are tried, and for a scan smaller than the training patches unseen surroundings
             (`attempts_at`), and the least surprising result is kept (`least_surprising`). `rising` and `falling`
-            bring the histogram of the scan to that of clean cases, and leave a complete image complete.
+            bring the histogram of the scan to that of clean cases, and leave a complete image complete; of all
+            these, `conditional` takes those of `UNGUIDED`.
         samples: how many to draw and average; default 1 (conditional) or 4.
         grid: result on the scan's own grid (`input`) or the working grid (`model`).
         observed: mask on the scan's grid; voxels where it is 0 are never looked at.
@@ -189,7 +208,7 @@ def attempts_at(view: View, mode: str, match: str) -> list[Attempt]:
     steered = "restore-then-condition" if mode in ("auto", "conditional") else mode
     usual = "affine" if view.coarse else "none"
     first = Attempt(steered, usual if match == "auto" else match)
-    if mode == "conditional" or (mode == "auto" and view.complete and match in ("auto", "none", *MONOTONE)):
+    if mode == "conditional" or (mode == "auto" and view.complete and match in UNGUIDED):
         first = Attempt("conditional", match if match in MONOTONE else "none")
     if mode == "conditional" or match != "auto":
         return [first]
@@ -213,6 +232,8 @@ def _check_options(mode: str, match: str, samples: int | None, grid: str) -> Non
     ):
         if value not in known:
             raise GenMedError(f"{name} '{value}' is unknown; choose one of {', '.join(known)}.")
+    if mode == "conditional" and match not in UNGUIDED:
+        raise GenMedError(f"match '{match}': mode conditional takes {', '.join(UNGUIDED)}; choose a guided mode.")
     if samples is not None and samples < 1:
         raise GenMedError(f"samples must be at least 1, not {samples}.")
 
@@ -422,8 +443,17 @@ def _result(
     return Segmentation(
         labels=labels, probabilities=chances, volume_ml=_volumes(plan, space, soft), residual=found.residual,
         surprise=found.surprise, mode=found.mode, match=found.match, slice_thickness_mm=view.slice_thickness_mm,
-        widened=found.widened, seconds=seconds, seed=seed, image=restored,
+        widened=found.widened, observed_share=observed_share(view, mean), seconds=seconds, seed=seed, image=restored,
     )  # fmt: skip
+
+
+def observed_share(view: View, soft: Float[np.ndarray, "k x y z"]) -> float:
+    """Share of the structures, or where there are none of the field of view, of which an observed voxel tells."""
+    if view.complete:
+        return 1.0
+    inside = soft.argmax(axis=0) != 0
+    covered = view.covered.numpy()
+    return float(covered[inside].mean() if inside.any() else covered.mean())
 
 
 def _volumes(plan: Plan, space: Space, soft: Float[Tensor, "s k x y z"]) -> dict[str, Interval]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -19,6 +20,7 @@ from genmed.surprise import histogram
 from genmed.volume import Volume, check_image, require_3d, require_same_grid
 
 COARSE = 1.5  # voxels this much larger than the working spacing are an observation, not something to interpolate
+ROUNDING = 1.01  # of a slice thickness in a header
 LARGEST_EXTENT = 1.6  # field of view that is believed, in units of the largest one seen in training
 SIGMA_Y = 0.05  # noise of an observed voxel, in standard deviations of the image
 FEWEST_VOXELS = 500  # that an estimate of the noise needs
@@ -100,6 +102,11 @@ class View:
         return not self.coarse and bool(self.seen.all())
 
     @property
+    def covered(self) -> Bool[Tensor, "x y z"]:
+        """Working voxels that some observed voxel averages, with others or alone."""
+        return apply_matrices(self.seen[None, None].float(), [m.T for m in self.matrices])[0, 0] > 0
+
+    @property
     def image(self) -> Float[Tensor, "1 c x y z"]:
         """The best plain interpolation on the working grid (hidden voxels: from the nearest seen ones)."""
         filled = _fill_hidden(self.y, self.seen)
@@ -137,6 +144,7 @@ class View:
                 f"{scan.path or 'scan'}: has {len(data)} channel(s), but model '{plan.name}' needs "
                 f"{len(plan.channels)} ({', '.join(plan.channels)}); give one file per channel."
             )
+        _check_thickness(scan, slice_thickness_mm)
         space = Space.fit(scan.grid, plan.spacing_mm, slice_axis_last=plan.thick_slices, roi_mm=roi_mm)
         _check_extent(plan, space, scan)
         fine, seen = space.orient(data), space.orient(mask[None].astype(np.float32))
@@ -178,6 +186,16 @@ def _observed_only(scan: Volume, observed: Volume | None) -> tuple[np.ndarray, n
     if all(np.ptp(channel[mask]) == 0 for channel in data):
         raise GenMedError(f"{scan.path or 'scan'}: the observed voxels are constant; check --observed.")
     return data, mask
+
+
+def _check_thickness(scan: Volume, slice_thickness_mm: float | None) -> None:
+    """Slices that overlap are no averages of voxels of their own: the operator could not honour them."""
+    longest = max(scan.spacing_mm)
+    if slice_thickness_mm is not None and ROUNDING * longest < slice_thickness_mm < math.inf:
+        raise GenMedError(
+            f"{scan.path or 'scan'}: a slice thickness of {slice_thickness_mm:g} mm is more than the {longest:g} mm of "
+            "the longest voxel side; --slice-thickness is for slices with gaps between them, leave it out."
+        )
 
 
 def _check_extent(plan: Plan, space: Space, scan: Volume) -> None:

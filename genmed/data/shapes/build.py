@@ -272,7 +272,9 @@ def _with_ray(tasks: Sequence[Task], workers: int) -> Iterator[int]:
     try:
         import ray
     except ImportError as error:
-        raise GenMedError('--ray needs Ray; install it with `pip install "genmed[cluster]"`.') from error
+        raise GenMedError(
+            "--ray needs Ray; in the repository, run: pip install -c constraints.txt '.[cluster]'"
+        ) from error
     started_here = not ray.is_initialized()
     if started_here:
         cpus = None if "RAY_ADDRESS" in os.environ else workers
