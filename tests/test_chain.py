@@ -145,7 +145,7 @@ def test_a_missing_package_ends_the_chain_before_anything_is_segmented(
 ) -> None:
     monkeypatch.setattr(text, "PACKAGE", "no_such_package")
     scan().save(tmp_path / "scan.nii.gz")
-    with pytest.raises(GenMedError, match=r"genmed\[text\]"):
+    with pytest.raises(GenMedError, match=r"'\.\[text\]'"):
         task.chain_files(SEGMENTER, shapes, tmp_path / "scan.nii.gz", tmp_path / "out")
     assert "asked" not in segmented and not (tmp_path / "out").exists()
 

@@ -99,6 +99,6 @@ def test_an_embedding_does_not_depend_on_its_batch() -> None:
 def test_a_missing_package_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text, "PACKAGE", "no_such_package")
     text._encoder.cache_clear()
-    with pytest.raises(GenMedError, match=r"genmed\[text\]"):
+    with pytest.raises(GenMedError, match=r"'\.\[text\]'"):
         embed(["kidney"])
     text._encoder.cache_clear()
