@@ -703,7 +703,7 @@ def list_models(as_json: Json = False) -> None:
     lines = [("model", "labels", "weights licence", "code licence", "MB", "Dice", "from")]
     for row in found:
         dice = "–" if row.dice is None else f"{row.dice:.3f}"
-        labels = row.problem or ", ".join(row.labels)
+        labels = row.problem or (", ".join(row.labels) if len(row.labels) < 9 else f"{len(row.labels)} structures")
         lines.append(
             (
                 row.name,

@@ -1,4 +1,4 @@
-"""The bundled models on real scans of the tune part, where `GENMED_DATA` names the folder of public sets."""
+"""The bundled models: of scans on real ones of the tune part, where `GENMED_DATA` names the folder of public sets."""
 
 from pathlib import Path
 from typing import Any
@@ -6,13 +6,17 @@ from typing import Any
 import numpy as np
 from real import real_set
 
+from genmed.cue import cue_of_labels
 from genmed.data.dataset import read_dataset
 from genmed.data.split import read_split
 from genmed.degrade import coarser, inverted
 from genmed.hub import Model, load
 from genmed.metrics import dice
+from genmed.shape_model import load_shapes
 from genmed.space import Space
+from genmed.tasks.complete import complete, generate
 from genmed.tasks.segment import segment
+from genmed.text import embed
 from genmed.volume import Volume, read, read_labels
 
 SPLIT = Path(__file__).parents[1] / "genmed" / "bench" / "splits" / "hippocampus.json"
@@ -65,3 +69,19 @@ def test_shipped_heart_model_segments_stacks_in_either_slice_order() -> None:
         found = segment(model, scan, mode="conditional").labels.data[0]
         scores.append(np.mean([dice(found == value, truth.data[0] == value) for value in (1, 2, 3)]))
     assert np.mean(scores) > 0.7
+
+
+def test_shipped_shapes_draw_and_complete_kidneys() -> None:
+    model = load_shapes("shapes")
+    volumes = {}
+    for size in ("small", "large"):
+        drawn = generate(model, 8, text=embed([f"{size} left kidney"])[0])
+        volumes[size] = np.median([(shape.sdf < 0).sum() * shape.voxel_mm**3 / 1000 for shape in drawn])
+    assert 60 < volumes["small"] < volumes["large"] < 500
+    truth = generate(model, 1, text=embed(["left kidney"])[0], seed=5)[0]
+    inside = truth.sdf < 0
+    seen = np.zeros_like(inside)
+    seen[32], seen[:, 32], seen[:, :, 32] = True, True, True
+    cue = cue_of_labels(inside, truth.grid.affine, seen)
+    found = complete(model, cue, text=embed(["left kidney"])[0], samples=4)
+    assert dice(found.probability(truth.grid) > 0.5, inside) > 0.85
