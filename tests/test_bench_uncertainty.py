@@ -166,7 +166,7 @@ def test_run_segments_every_input_once_and_resumes(
             (tmp_path / "interrupted").touch()
             raise KeyboardInterrupt
         calls.append(options | {"spacing_mm": scan.spacing_mm})
-        return segment(model, scan, **(options | {"mode": "conditional"}))
+        return segment(model, scan, **(options | {"mode": "conditional", "match": "auto"}))
 
     monkeypatch.setattr(uncertainty, "segment", counted)
     monkeypatch.setattr(uncertainty, "draw", lambda out, findings: None)  # slow; has a test of its own
