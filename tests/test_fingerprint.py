@@ -78,7 +78,7 @@ def test_a_plan_carries_the_words_of_the_data_set(tmp_path: Path) -> None:
 
 
 def test_channels_have_norms_of_their_own_where_the_coarsest_level_is_large_enough(tmp_path: Path) -> None:
-    large = make_set(tmp_path / "large", [((32, 32, 32), np.eye(4))])
+    large = make_set(tmp_path / "large", [((40, 40, 40), np.eye(4))])
     small = make_set(tmp_path / "small", [((16, 16, 8), np.eye(4))])  # 2 × 2 × 1 voxels at the coarsest level
     assert plan(fingerprint(large), large).norm_groups == 0
     assert plan(fingerprint(small), small).norm_groups == NORM_GROUPS

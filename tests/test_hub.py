@@ -19,6 +19,7 @@ from genmed import hub
 from genmed.denoiser import build
 from genmed.errors import GenMedError
 from genmed.hub import Card
+from genmed.shape_model import load
 
 PLAN = replace(tiny.PLAN, patch=(8, 8, 8))
 CARD = Card(
@@ -244,8 +245,9 @@ def test_list_shows_both_licences_and_survives_a_damaged_model(folder: Path, hom
 
 def test_every_bundled_model_loads() -> None:
     for name in hub.bundled():
-        assert hub.load(name).plan.name == name
-        assert hub.info(name)["megabytes"] < 12
+        assert load(name).plan.name == name
+        assert hub.info(name)["megabytes"] < (24 if name == "shapes" else 12)
+        assert all(path.stat().st_size < 12e6 for path in hub.find(name).iterdir())
 
 
 def test_info_names_licence_scores_plan_and_hash(folder: Path) -> None:
