@@ -105,7 +105,7 @@ def test_a_batch_of_two_images_equals_two_single_runs(model: Model) -> None:
 @pytest.mark.parametrize("match", ["auto", *MATCHES])
 def test_values_that_were_not_observed_cannot_change_a_byte(measured: Model, mode: str, match: str) -> None:
     if mode == "conditional" and match not in UNGUIDED:
-        return
+        match = "falling"
     if mode in ("joint", "joint-base") and match != "auto":
         match = "affine"
     image = scan()
