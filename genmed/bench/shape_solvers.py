@@ -25,9 +25,9 @@ from genmed.files import sha256_of, write_json
 from genmed.metrics import dice
 from genmed.shape import Shape
 from genmed.shape_model import ShapeModel
-from genmed.tasks.complete import STEPS, TRIED, Completion, complete
+from genmed.tasks.complete import START_SIGMA, STEPS, Completion, complete
 
-VERSION = 3  # raise it whenever cues, peers or scores change: nothing of an older one is used again
+VERSION = 4  # raise it whenever cues, peers or scores change: nothing of an older one is used again
 SAMPLES = 12  # of ours and of the conditioned peer, averaged
 TUNE_SHAPES = 12
 TUNE_KINDS = ("one plane", "three planes", "half missing", "redundant", "noisy points")
@@ -129,7 +129,7 @@ def key_of(name: str, lab: Lab, *settings: Any) -> str:
 
 
 def _ours(lab: Lab) -> dict[str, Solver]:
-    settings = lab.model.sha256, STEPS, TRIED, SAMPLES
+    settings = lab.model.sha256, STEPS, START_SIGMA, SAMPLES
 
     def alone(cue: Cue, row: ShapeRow) -> Sequence[Shape]:
         return complete(lab.model, cue, samples=SAMPLES).shapes
