@@ -32,7 +32,7 @@ PLACES, PLACE_POINTS = 5, 150   # places along every axis where the usual shape 
 KEPT = 5             # suppositions that are gone on with
 FIT_POINTS, FIT_STEPS, FINAL_STEPS = 1500, 8, 3
 STRANGE = 30.0       # logarithm of how seldom a cue is of nothing that the model knows
-UNLIKELY = 100.0     # by how much the logarithm of a supposition's weight may be below the best before a cue is seen
+UNLIKELY = 30.0      # by how much the logarithm of a weight may be below the best, words included, to be tried
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,9 +72,11 @@ def suppositions(model: ShapeModel, cue: Cue, text: Float[Tensor, " d"] | None, 
     if text is not None:
         variance = mixture.variance[:, 1:]
         weight = weight - ((text - model.words) ** 2 / variance + variance.log()).sum(1) / 2
-    weight = weight - weight.max() - STRANGE * F.one_hot(torch.tensor(len(weight) - 1), len(weight))
+    weight = weight - weight.max()
+    worth = (weight > -UNLIKELY).nonzero()[:, 0].tolist()
+    weight[-1] -= STRANGE
     rough, tried = thinned(cue, TRIAL_POINTS, seed), []
-    for number in (weight > -UNLIKELY).nonzero()[:, 0].tolist():
+    for number in worth:
         gaussian = component(model, number, TRIAL_RANK)
         starts = torch.cat([first_poses(cue, model.plan.size, BOX_POSES, seed), placed(gaussian, cue, seed)])
         fit = gauss_newton(gaussian, rough, starts, torch.zeros(len(starts), gaussian.plan.modes), TRIAL_STEPS)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from genmed.cue import Cue, spline, thinned, with_sides
+from genmed.cue import Cue, likely, spline, thinned, with_sides
 from genmed.data.shapes import ShapeDataset
 from genmed.laplace import Fit, gauss_newton
 from genmed.nets.autoencoder import LinearAutoencoder, principal_components
@@ -57,7 +57,8 @@ class PcaSettings:
     """What is chosen on the tune part: `genmed.bench.shape_solvers.chosen_pca`.
 
     `prior` weighs the codes against the cue, `sided` fits left and right apart, `kept` starts are averaged, and
-    `pooled` is how a structure that is not told is looked for: in one model of all shapes, or in every model.
+    `pooled` is how a structure that is not told is looked for: in one model of all shapes, or in every model. `likely`
+    lends it the bounds that ours believes in (`genmed.cue.likely`).
     """
 
     modes: int = MODES
@@ -65,6 +66,7 @@ class PcaSettings:
     sided: bool = False
     kept: int = 1
     pooled: bool = False
+    likely: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +79,8 @@ class Statistical:
     def complete(self, cue: Cue, told: Told, seed: int = 0) -> tuple[Shape, ...]:
         """The shapes of highest evidence, with what they still miss of the cue added by a Gaussian process."""
         cue = with_sides(cue, seed)
-        best = sorted((fitted(model, cue, self.settings, seed) for model in self._candidates(cue, told, seed)),
+        bounds = likely(cue) if self.settings.likely else cue
+        best = sorted((fitted(model, bounds, self.settings, seed) for model in self._candidates(bounds, told, seed)),
                       key=lambda fit: float(fit.evidence[0]))[0]  # fmt: skip
         volume = best.model.autoencoder.decode(best.codes, best.model.plan.size)
         volume = honoured(volume, Posed(best.model, cue, best.poses))

@@ -55,6 +55,8 @@ METHODS = {
     "genmed-text": Method("GenMed, category and side as text", told=True),
     "pca": Method("PCA + GP, category told", told=True),
     "pca-unknown": Method("PCA + GP, category not told"),
+    "pca-likely": Method("PCA + GP with our likely bounds, category told", told=True),
+    "pca-likely-unknown": Method("PCA + GP with our likely bounds, category not told"),
     "conditioned": Method("input-conditioned diffusion"),
     "conditioned-gp": Method("input-conditioned diffusion + GP"),
     "interpolation": Method("shape-based interpolation"),
@@ -108,7 +110,7 @@ class Lab:
 def solvers(lab: Lab, columns: Sequence[str]) -> dict[str, Solver]:
     """The methods of these names, ready; trains and chooses what is missing in the folder of the peers."""
     found: dict[str, Solver] = {}
-    if {"pca", "pca-unknown"} & set(columns):
+    if {name for name in columns if name.startswith("pca")}:
         found |= _pca(lab)
     if {"conditioned", "conditioned-gp"} & set(columns):
         found |= _conditioned(lab)
@@ -178,19 +180,18 @@ def _conditioned(lab: Lab) -> dict[str, Solver]:
 
 def _pca(lab: Lab) -> dict[str, Solver]:
     settings, note = chosen_pca(lab)
-    peer = lab.statistical(settings.sided).under(settings)
-    key = asdict(settings)
+    looked = "one model of all shapes" if settings.pooled else "every category tried, the most evident kept"
+    found = {}
+    for name, ours in (("pca", False), ("pca-likely", True)):
+        peer = lab.statistical(settings.sided).under(replace(settings, likely=ours))
+        key = asdict(peer.settings)
+        found[name] = Solver(key_of(name, lab, key), _told(peer), note)
+        found[f"{name}-unknown"] = Solver(key_of(f"{name}-unknown", lab, key), _untold(peer), looked)
+    return found
 
-    def told(cue: Cue, row: ShapeRow) -> Sequence[Shape]:
-        return peer.complete(cue, (row.category, row.side))
 
-    return {
-        "pca": Solver(key_of("pca", lab, key), told, note),
-        "pca-unknown": Solver(
-            key_of("pca-unknown", lab, key), _untold(peer),
-            "one model of all shapes" if settings.pooled else "every category tried, the most evident kept",
-        ),
-    }  # fmt: skip
+def _told(peer: Statistical) -> Find:
+    return lambda cue, row: peer.complete(cue, (row.category, row.side))
 
 
 def chosen_pca(lab: Lab) -> tuple[PcaSettings, str]:
