@@ -103,8 +103,8 @@ def test_every_folder_of_the_tables_has_its_command(tmp_path: Path) -> None:
     with pytest.raises(GenMedError) as refused:
         prepared(tmp_path, "mmwhs_mr")
     assert str(refused.value) == (
-        f"{tmp_path / 'mmwhs_mr'}: not found; download the set to SRC, then: genmed data convert mmwhs SRC "
-        f"{tmp_path / 'mmwhs_mr'} --modality mr --structures LV,RV,LA,RA,MYO"
+        f"{tmp_path / 'mmwhs_mr'}: holds no dataset.json; download the set to SRC, then: genmed data convert mmwhs "
+        f"SRC {tmp_path / 'mmwhs_mr'} --modality mr --structures LV,RV,LA,RA,MYO"
     )
 
 

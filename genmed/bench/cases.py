@@ -1,4 +1,4 @@
-"""The cases that a bench looks at, and the options that choose among those of the hippocampus set."""
+"""The cases that a bench looks at: where sets lie, who is in which part, and the options for the hippocampus set."""
 
 import argparse
 import csv
@@ -18,10 +18,10 @@ HIPPOCAMPUS = SPLITS / "hippocampus.json"
 
 
 def prepared(data: Path, folder: str) -> Dataset:
-    """A set of the tables. Raises `GenMedError` that says how to make it where it is not there."""
-    if not (data / folder).is_dir():
+    """A set of the tables. Raises `GenMedError` that says how to make it where it is not there, or not finished."""
+    if not (data / folder / "dataset.json").is_file():
         how = PREPARED[folder].replace("DATA", str(data))
-        raise GenMedError(f"{data / folder}: not found; download the set to SRC, then: genmed data {how}")
+        raise GenMedError(f"{data / folder}: holds no dataset.json; download the set to SRC, then: genmed data {how}")
     return read_dataset(data / folder)
 
 
