@@ -192,9 +192,7 @@ def _columns(table: Table, set_name: str, methods: Sequence[str] | None) -> list
     return [name for name in possible if methods is None or name in methods]
 
 
-def cases_of(
-    lab: Lab, set_name: str, input: Input, part: str, count: int | None
-) -> tuple[Dataset, tuple[str, ...]]:
+def cases_of(lab: Lab, set_name: str, input: Input, part: str, count: int | None) -> tuple[Dataset, tuple[str, ...]]:
     """The data set of an input and its cases: of one part, evenly spread; of a set never trained on as `Input` says."""
     dataset = prepared(lab.data, input.folder or SETS[set_name].folder)
     if not input.folder:

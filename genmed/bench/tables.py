@@ -293,9 +293,7 @@ FEW_SHOT = tuple(
 # The tables -----------------------------------------------------------------------------------------------
 
 TABLES = {
-    "standard": Table(
-        dict.fromkeys(("hippocampus", "acdc", "left_atrium", *FULL), (CLEAN,)), (OURS, PLAIN, *PEERS)
-    ),
+    "standard": Table(dict.fromkeys(("hippocampus", "acdc", "left_atrium", *FULL), (CLEAN,)), (OURS, PLAIN, *PEERS)),
     "degraded": Table(
         {"hippocampus": HIPPOCAMPUS_DEGRADED, "acdc": ACDC_DEGRADED, **dict.fromkeys(FULL, CT_DEGRADED)},
         (OURS, PLAIN, *PEERS, "genmed-degraded", "genmed-randomised", "dynunet-randomised"),
