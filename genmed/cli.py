@@ -627,7 +627,7 @@ def bench_segmentation(
     ] = None,
     set_name: Annotated[
         str | None,
-        typer.Option("--set", help="hippocampus, acdc, left_atrium or hippocampus-1mm; default: the table's first."),
+        typer.Option("--set", help="A set of the table, such as acdc or kits23; default: the table's first."),
     ] = None,
     part: Annotated[str, typer.Option(help="Part of the split: tune or report.")] = "report",
     cases: Annotated[int | None, typer.Option(metavar="N", help="So many evenly spread cases; default all.")] = None,
@@ -778,7 +778,7 @@ def convert_data(
         typer.Option(help="ct (default) or mr for totalsegmentator and mmwhs; lge (default), c0 or t2 for mscmrseg."),
     ] = None,
     structures: Annotated[
-        str, typer.Option(metavar="A,B,C", help="Labels of totalsegmentator, in this order; default: the heart.")
+        str, typer.Option(metavar="A,B,C", help="Only these labels, in this order; default: all, or the heart.")
     ] = "",
 ) -> None:
     """Convert a public data set to a folder that check, prepare and train read.

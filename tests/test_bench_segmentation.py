@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from genmed import hub, plan
 from genmed.bench import segmentation, tables
+from genmed.bench.cases import persons
 from genmed.bench.segmentation import (
     Lab,
     Prediction,
@@ -30,7 +31,6 @@ from genmed.bench.segmentation import (
     append_row,
     draw,
     examine,
-    persons,
     read_rows,
     report,
     rows_shown,
@@ -301,8 +301,8 @@ def test_a_method_that_refuses_a_scan_has_found_nothing(world: Lab) -> None:
     method = Trained(world.runs, "0", {}, names, 1, 0.5, refuse)
     found, scores, _ = examine(method, read_dataset(world.data / "Task04_Hippocampus"), IDS[6], Input("clean"))
     assert found.mode == "failed" and scores["front"] == (0.0, float("inf"), 0.0)
-    other = replace(method, names={0: "background", 1: "back", 2: "front"})
-    with pytest.raises(GenMedError, match="has the labels"):
+    other = replace(method, names={0: "background", 1: "front", 2: "middle"})
+    with pytest.raises(GenMedError, match="has the labels background, front, back, but not middle"):
         examine(other, read_dataset(world.data / "Task04_Hippocampus"), IDS[6], Input("clean"))
 
 

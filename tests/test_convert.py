@@ -150,6 +150,29 @@ def test_the_parts_of_meta_csv_become_a_split_of_the_converted_cases(tmp_path: P
     assert not (tmp_path / "other" / "split.json").exists()
 
 
+def test_cases_that_show_nothing_are_in_no_part_of_the_split(tmp_path: Path) -> None:
+    src = totalsegmentator(tmp_path / "src", cases=5)
+    for structure in HEART_V2:
+        nifti(src / "s0001" / "segmentations" / f"{structure}.nii.gz", np.zeros(SHAPE, np.uint8))
+    parts = ("train", "train", "val", "test", "")  # the last one is in no part
+    rows = [f"s{number:04d};{part}" for number, part in enumerate(parts)]
+    (src / "meta.csv").write_text("\n".join(["image_id;split", *rows]))
+    data = read_back(convert("totalsegmentator", src, tmp_path / "out"))
+    split = read_split(tmp_path / "out" / "split.json", data.ids)
+    assert len(data.ids) == 5
+    assert (split.train, split.tune, split.report) == (("s0000",), ("s0002",), ("s0003",))
+
+
+def test_every_tenth_training_case_tunes_where_meta_csv_has_none_for_it(tmp_path: Path) -> None:
+    src = totalsegmentator(tmp_path / "src", scan="mri", cases=13)
+    rows = [f"s{number:04d};{'test' if number == 5 else 'train'}" for number in range(13)]
+    (src / "meta.csv").write_text("\n".join(["image_id;split", *rows]), encoding="utf-8-sig")
+    data = read_back(convert("totalsegmentator", src, tmp_path / "out", modality="mr"))
+    split = read_split(tmp_path / "out" / "split.json", data.ids)
+    assert split.tune == ("s0000", "s0011") and split.report == ("s0005",)
+    assert sorted(split.ids) == list(data.ids)
+
+
 @pytest.mark.parametrize("modality", ["ct", "mr"])
 def test_mmwhs_values_become_1_to_7(tmp_path: Path, modality: str) -> None:
     values = [0, 500, 600, 420, 550, 205, 820, 850]
@@ -164,6 +187,28 @@ def test_mmwhs_values_become_1_to_7(tmp_path: Path, modality: str) -> None:
     drawn = classes(values, 1002)
     assert np.array_equal(voxels(data.cases[1].label), sum((drawn == v) * k for k, v in enumerate(values)))
     assert nib.load(data.cases[1].label).get_data_dtype() == np.uint8
+
+
+def test_chosen_labels_are_numbered_in_their_order_and_others_become_background(tmp_path: Path) -> None:
+    values = [0, 500, 600, 420, 550, 205, 820, 850, 421]
+    chosen = {"MYO": (205,), "LA": (420, 421), "LV": (500,)}
+    nifti(tmp_path / "ct_train" / "ct_train_1001_image.nii.gz", image())
+    nifti(tmp_path / "ct_train" / "ct_train_1001_label.nii.gz", classes(values))
+    data = read_back(convert("mmwhs", tmp_path, tmp_path.parent / f"{tmp_path.name}-out", structures=list(chosen)))
+    assert list(data.labels.values()) == ["background", *chosen]
+    expected = sum(k * np.isin(classes(values), old) for k, old in enumerate(chosen.values(), start=1))
+    assert np.array_equal(voxels(data.cases[0].label), expected)
+
+
+def test_mmwhs_is_read_from_several_folders_and_no_case_from_two(tmp_path: Path) -> None:
+    for part, number in ((1, 1001), (2, 1011)):
+        nifti(tmp_path / f"ct_train{part}" / f"ct_train_{number}_image.nii.gz", image(number))
+        nifti(tmp_path / f"ct_train{part}" / f"ct_train_{number}_label.nii.gz", classes([0, 500], number))
+    out = tmp_path.parent / f"{tmp_path.name}-out"
+    assert read_back(convert("mmwhs", tmp_path, out)).ids == ("ct_train_1001", "ct_train_1011")
+    nifti(tmp_path / "ct_train" / "ct_train_1001_image.nii.gz", image())
+    with pytest.raises(GenMedError, match="has the case ct_train_1001 twice"):
+        convert("mmwhs", tmp_path, out)
 
 
 def test_the_stray_421_of_mmwhs_is_left_atrium(tmp_path: Path) -> None:
@@ -436,7 +481,7 @@ def test_wrong_names_and_options_are_answered_with_the_right_ones(tmp_path: Path
     refused("choose one of: totalsegmentator, mmwhs, kits23, acdc, mscmrseg, la2018", "acdc17", src, out)
     refused("no case has a mask 'hart'; there are heart", "totalsegmentator", src, out, "--structures", "aorta,hart")
     refused("'heart' is named twice", "totalsegmentator", src, out, "--structures", "heart,aorta,heart")
-    refused("labels of kits23 are always kidney, tumor, cyst", "kits23", kits, out, "--structures", "kidney")
+    refused("the set has no label 'tumour'; there are tumor", "kits23", kits, out, "--structures", "kidney,tumour")
     refused("mscmrseg has lge and c0 and t2", "mscmrseg", src, out, "--modality", "ct")
     assert not out.exists()
 

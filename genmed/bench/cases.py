@@ -1,18 +1,60 @@
-"""The cases that a bench looks at, and the options that choose among those of the hippocampus set."""
+"""The cases that a bench looks at: where sets lie, who is in which part, and the options for the hippocampus set."""
 
 import argparse
+import csv
+from collections.abc import Iterable, Mapping
 from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 
-from genmed.bench.tables import SETS
-from genmed.data.dataset import Dataset
+from genmed.bench.tables import PREPARED, SETS, SPLIT, SPLITS
+from genmed.data.dataset import Dataset, read_dataset
 from genmed.data.shapes import ShapeDataset
-from genmed.data.split import read_split
+from genmed.data.split import Split, person, read_split, three_way, write_split
 from genmed.errors import GenMedError
 
-HIPPOCAMPUS = SETS["hippocampus"].split
+HIPPOCAMPUS = SPLITS / "hippocampus.json"
+
+
+def prepared(data: Path, folder: str) -> Dataset:
+    """A set of the tables. Raises `GenMedError` that says how to make it where it is not there, or not finished."""
+    if not (data / folder / "dataset.json").is_file():
+        how = PREPARED[folder].replace("DATA", str(data))
+        raise GenMedError(f"{data / folder}: holds no dataset.json; download the set to SRC, then: genmed data {how}")
+    return read_dataset(data / folder)
+
+
+def split_of(data: Path, runs: Path, set_name: str) -> Path:
+    """The split file of a set: the repository's, or RUNS/SET/split.json, made once and never again.
+
+    It is a copy of the data set's own split.json where there is one, else drawn by person. Cases that come later are
+    in no part, so that nothing trained before has seen what is reported.
+    """
+    if (fixed := SETS[set_name].split) is not None:
+        return fixed
+    path = runs / set_name / SPLIT
+    if not path.exists():
+        dataset = prepared(data, SETS[set_name].folder)
+        people = persons(dataset, dataset.ids)
+        own = dataset.folder / SPLIT
+        write_split(path, read_split(own, dataset.ids) if own.exists() else drawn(dataset, people), people)
+    return path
+
+
+def drawn(dataset: Dataset, people: Mapping[str, str]) -> Split:
+    """The labelled cases in three parts by person, the same whenever it is drawn."""
+    parts = three_way({case.id: people[case.id] for case in dataset.cases if case.label is not None})
+    return Split(dataset.name, parts["train"], parts["tune"], parts["report"], "drawn by genmed bench segmentation")
+
+
+def persons(dataset: Dataset, ids: Iterable[str]) -> dict[str, str]:
+    """Whom each case belongs to: by the set's groups.csv (columns id, group) where it has one, else by its ids."""
+    path, groups = dataset.folder / "groups.csv", None
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            groups = {row["id"]: f"group {row['group']}" for row in csv.DictReader(file)}
+    return {id: person(dataset.name, id, groups) for id in ids}
 
 
 def cases_of_part(dataset: Dataset, split: Path, part: str, count: int | None = None) -> tuple[str, ...]:

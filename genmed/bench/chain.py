@@ -27,7 +27,7 @@ from genmed import hub
 from genmed.bench.cases import cases_of_part, spread
 from genmed.bench.hippocampus import mean_interval
 from genmed.bench.restore import between_slices
-from genmed.bench.tables import HIPPOCAMPUS_DEGRADED, SETS, Input, change
+from genmed.bench.tables import HIPPOCAMPUS_DEGRADED, SPLITS, Input, change
 from genmed.data.dataset import Dataset, read_dataset
 from genmed.data.shapes import ShapeDataset, read_shapes
 from genmed.data.shapes.items import mask_of
@@ -142,7 +142,7 @@ def arena(
         cases = {id: items[id].subject for id in chosen}
         return _filled(Arena(name, cases, completer, None, None, items), data)
     dataset = read_dataset(data)
-    people = {id: person(dataset.name, id) for id in cases_of_part(dataset, SETS[name].split, part)}
+    people = {id: person(dataset.name, id) for id in cases_of_part(dataset, SPLITS / f"{name}.json", part)}
     ids = tuple(id for id, who in people.items() if (dataset.name, who) not in met)
     cases = {id: people[id] for id in spread(ids, count)}
     model = hub.load(segmenter or SEGMENTERS[name])

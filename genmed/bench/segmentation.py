@@ -19,7 +19,7 @@ import numpy as np
 
 from genmed import hub
 from genmed.bench import peers
-from genmed.bench.cases import cases_of_part, spread
+from genmed.bench.cases import cases_of_part, persons, prepared, split_of, spread
 from genmed.bench.hippocampus import (
     MISSED_MM,
     PLATEAU,
@@ -30,20 +30,20 @@ from genmed.bench.hippocampus import (
     steps_of,
 )
 from genmed.bench.tables import (
-    FEW_SHOT_MINUTES,
+    FEW_SHOT_SHARE,
     METHODS,
     OURS,
     PEERS,
     PLAIN,
     SETS,
+    SPLIT,
     TABLES,
     Input,
     Method,
     Table,
-    TrainingSet,
 )
-from genmed.data.dataset import Dataset, read_dataset
-from genmed.data.split import PARTS, person
+from genmed.data.dataset import Case, Dataset
+from genmed.data.split import PARTS
 from genmed.degrade import Degraded
 from genmed.errors import GenMedError
 from genmed.files import sha256_of, write_bytes
@@ -159,7 +159,7 @@ def run(
     if data is None:
         raise GenMedError("no --data and no variable GENMED_DATA; give the folder that holds the prepared sets.")
     lab, out = Lab(Path(data), Path(runs), minutes), Path(out)
-    wanted = {input.name: cases_of(lab, SETS[set_name], input, part, cases) for input in inputs}
+    wanted = {input.name: cases_of(lab, set_name, input, part, cases) for input in inputs}
     networks = trained_networks(lab, set_name, columns, inputs, may_train)
     rows = evaluate(networks, inputs, wanted, out, part)
     people = {id: who for dataset, ids in wanted.values() for id, who in persons(dataset, ids).items()}
@@ -184,7 +184,7 @@ def _table(table: str, set_name: str, part: str, cases: int | None) -> tuple[Tab
 
 
 def _columns(table: Table, set_name: str, methods: Sequence[str] | None) -> list[str]:
-    possible = [name for name in table.methods if set_name in METHODS[name].sets]
+    possible = [name for name in table.methods if set_name in (METHODS[name].sets or SETS)]
     if unknown := [name for name in methods or () if name not in possible]:
         raise GenMedError(f"--methods {unknown[0]}: not in this table; choose from {','.join(possible)}.")
     if methods is not None and not methods:
@@ -192,23 +192,13 @@ def _columns(table: Table, set_name: str, methods: Sequence[str] | None) -> list
     return [name for name in possible if methods is None or name in methods]
 
 
-def cases_of(
-    lab: Lab, training: TrainingSet, input: Input, part: str, count: int | None
-) -> tuple[Dataset, tuple[str, ...]]:
-    """The data set of an input and its cases: of one part, evenly spread; of a set never trained on, all."""
-    dataset = read_dataset(lab.data / (input.folder or training.folder))
-    return dataset, (
-        spread(dataset.ids, count) if input.folder else cases_of_part(dataset, training.split, part, count)
-    )
-
-
-def persons(dataset: Dataset, ids: Iterable[str]) -> dict[str, str]:
-    """Whom each case belongs to: by the set's groups.csv (columns id, group) where it has one, else by its ids."""
-    path, groups = dataset.folder / "groups.csv", None
-    if path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
-            groups = {row["id"]: f"group {row['group']}" for row in csv.DictReader(file)}
-    return {id: person(dataset.name, id, groups) for id in ids}
+def cases_of(lab: Lab, set_name: str, input: Input, part: str, count: int | None) -> tuple[Dataset, tuple[str, ...]]:
+    """The data set of an input and its cases: of one part, evenly spread; of a set never trained on as `Input` says."""
+    dataset = prepared(lab.data, input.folder or SETS[set_name].folder)
+    if not input.folder:
+        return dataset, cases_of_part(dataset, split_of(lab.data, lab.runs, set_name), part, count)
+    own = dataset.folder / SPLIT
+    return dataset, cases_of_part(dataset, own, part, count) if own.exists() else spread(dataset.ids, count)
 
 
 # Training -------------------------------------------------------------------------------------------------
@@ -259,18 +249,19 @@ def is_trained(folder: Path, method: Method) -> bool:
 def train_run(lab: Lab, set_name: str, method: Method, input: Input) -> Path:
     """Train one method, or go on with its training; first the run that it starts from."""
     training, folder = SETS[set_name], run_folder(lab, set_name, method, input)
-    minutes = lab.minutes or (FEW_SHOT_MINUTES if input.cases else training.minutes)
+    split = split_of(lab.data, lab.runs, set_name)
+    minutes = lab.minutes or training.minutes * (FEW_SHOT_SHARE if input.cases else 1)
     init = start_of(lab, method) if method.init else None
     print(f"training {folder} for {minutes:g} minutes", flush=True)
     resume = (folder / CHECKPOINT).exists()
     if method.ours:
         return train(
-            lab.data / training.folder, folder, split=training.split, max_minutes=minutes, resume=resume,
+            lab.data / training.folder, folder, split=split, max_minutes=minutes, resume=resume,
             preset=training.preset, spacing=training.spacing_mm, init=init, augmentation=method.augmentation,
             cases=input.cases, draw=input.draw, clock=fair_minutes,
         )  # fmt: skip
     return peers.train_peer(
-        lab.data / training.folder, folder, training.split, minutes, training.preset,
+        lab.data / training.folder, folder, split, minutes, training.preset,
         spacing=training.spacing_mm, resume=resume, network=method.network, augmentation=method.augmentation,
         cases=input.cases, draw=input.draw,
     )  # fmt: skip
@@ -352,10 +343,12 @@ def score(soft: Volume, seen: Grid, truth: Volume, names: Mapping[int, str]) -> 
 def within(seen: Grid, grid: Grid) -> np.ndarray:
     """Which voxel centres of `grid`, bool (x, y, z), lie in the field of view of `seen`."""
     step = np.linalg.inv(seen.affine) @ grid.affine
-    index = np.stack(np.meshgrid(*map(np.arange, grid.shape), indexing="ij"))
-    place = np.einsum("ij,jxyz->ixyz", step[:3, :3], index) + step[:3, 3, None, None, None]
-    edge = np.asarray(seen.shape)[:, None, None, None] - 0.5
-    return np.asarray(((place >= -0.5 - 1e-6) & (place <= edge + 1e-6)).all(axis=0))
+    inside = np.ones(grid.shape, dtype=bool)
+    for axis, size in enumerate(seen.shape):  # one after the other: scans of whole bodies are large
+        x, y, z = (step[axis, k] * np.arange(n) for k, n in enumerate(grid.shape))
+        place = x[:, None, None] + y[:, None] + z + step[axis, 3]
+        inside &= (place >= -0.5 - 1e-6) & (place <= size - 0.5 + 1e-6)
+    return inside
 
 
 def examine(trained: Trained, dataset: Dataset, id: str, input: Input) -> tuple[Prediction, dict[str, Scores], float]:
@@ -364,11 +357,7 @@ def examine(trained: Trained, dataset: Dataset, id: str, input: Input) -> tuple[
     Where a method refuses a scan it has found nothing, and that is scored.
     """
     case = dataset.case(id)
-    if case.label is None:
-        raise GenMedError(f"{dataset.folder}: case '{id}' has no label to compare with; choose a labelled part.")
-    if (labels := {value: dataset.labels.get(value) for value in trained.names}) != trained.names:
-        raise GenMedError(f"{dataset.folder}: has the labels {labels}, but {trained.folder} has {trained.names}.")
-    truth = read_labels(case.label)
+    truth = truth_of(trained, dataset, case, input)
     worse = input.degrade(read(case.images), id)
     started = time.monotonic()
     try:
@@ -378,6 +367,22 @@ def examine(trained: Trained, dataset: Dataset, id: str, input: Input) -> tuple[
         found = Prediction(Volume(nothing, truth.affine), FAILED)
     seconds = time.monotonic() - started
     return found, score(found.soft, worse.scan.grid, truth, trained.names), seconds
+
+
+def truth_of(trained: Trained, dataset: Dataset, case: Case, input: Input) -> Volume:
+    """The label map of a case in the values of the training: structures are the same by name, or as the row says."""
+    if case.label is None:
+        raise GenMedError(f"{dataset.folder}: case '{case.id}' has no label to compare with; choose a labelled part.")
+    names = {value: input.labels.get(name, name) for value, name in list(trained.names.items())[1:]}
+    value_of = {name: value for value, name in dataset.labels.items()}
+    if missing := [name for name in names.values() if name not in value_of]:
+        has = ", ".join(value_of)
+        raise GenMedError(f"{dataset.folder}: has the labels {has}, but not {missing[0]} that {trained.folder} finds.")
+    truth = read_labels(case.label)
+    data = np.zeros_like(truth.data)
+    for value, name in names.items():
+        data[truth.data == value_of[name]] = value
+    return truth.like(data)
 
 
 def evaluate(
@@ -414,6 +419,7 @@ def evaluate(
 def key_of(trained: Trained, input: Input) -> str:
     """What decides a row besides the case: weights, settings and how the scan was made worse."""
     parts = [trained.weights_sha256, trained.settings, [str(change) for change in input.changes], input.folder]
+    parts += [dict(input.labels)] if input.labels else []
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 

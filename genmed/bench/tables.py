@@ -1,11 +1,14 @@
 """What `genmed bench segmentation` compares: sets, inputs, methods and tables, as data that reads as the tables do."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from zlib import crc32
 
+import numpy as np
+
+from genmed.data.convert import HEART_V1
 from genmed.degrade import (
     Degraded,
     Scan,
@@ -25,15 +28,19 @@ from genmed.degrade import (
 from genmed.volume import Volume
 
 SPLITS = Path(__file__).parent / "splits"
-FEW_SHOT_MINUTES = 4.0  # of every training on a few cases
+SPLIT = "split.json"  # of a set that the repository has no split of, beside its trainings
+FEW_SHOT_SHARE = 0.1  # of a set's minutes: what every training on a few cases gets
 
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """A prepared data set and how every method is trained on it. Spacing in mm, in the plane for thick slices."""
+    """A prepared data set and how every method is trained on it. Spacing in mm, in the plane for thick slices.
+
+    Without a `split`, it is the data set's own, or one is drawn: `genmed.bench.cases.split_of`.
+    """
 
     folder: str
-    split: Path
+    split: Path | None
     spacing_mm: float
     preset: str
     minutes: float
@@ -61,13 +68,15 @@ class Input:
     """A row: how scans are made worse, and what the networks of this row were trained on.
 
     Rows of one `group` are also averaged in a row of that name. `folder` is a data set that no network was trained
-    on: all its cases, in the part report alone. `cases` and `draw` are those of `genmed.train.few_shot`.
+    on: all its cases, or the part report of its own split, in the part report alone. `labels` says what structures of
+    the training are called there. `cases` and `draw` are those of `genmed.train.few_shot`.
     """
 
     name: str
     changes: tuple[Change, ...] = ()
     group: str = ""
     folder: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
     cases: int | None = None
     draw: int = 0
 
@@ -84,7 +93,8 @@ class Method:
     """A column: which training, and for ours which mode of `segment`.
 
     `run` is the training's folder. Methods that are not `main` were trained on changed contrasts or coarse voxels
-    and stand in a table of their own. `init` is the run, SET/RUN, whose weights the training starts from.
+    and stand in a table of their own. `init` is the run, SET/RUN, whose weights the training starts from. `sets`:
+    those that it is compared on; empty: all.
     """
 
     title: str
@@ -94,7 +104,7 @@ class Method:
     mode: str = "auto"
     init: str = ""
     main: bool = True
-    sets: tuple[str, ...] = ("hippocampus", "hippocampus-1mm", "acdc", "left_atrium")
+    sets: tuple[str, ...] = ()
 
     @property
     def ours(self) -> bool:
@@ -120,6 +130,38 @@ def every_second(scan: Scan, axis: int) -> Degraded:
     return keep_slices(scan, (shape[axis] + 1) // 2, axis)
 
 
+def upright(scan: Scan) -> tuple[Degraded, int, float]:
+    """The scan, which of its axes comes closest to feet-head, and its spacing in mm there."""
+    worse = scan if isinstance(scan, Degraded) else Degraded(scan)
+    grid = worse.scan.grid
+    axis = int(np.abs(grid.affine[2, :3] / grid.spacing_mm).argmax())
+    return worse, axis, grid.spacing_mm[axis]
+
+
+def axial_slices(scan: Scan, mm: float) -> Degraded:
+    """Slices of about `mm` across the body, each an average."""
+    worse, axis, _ = upright(scan)
+    return thicker(worse, mm, axis)
+
+
+def slice_every(scan: Scan, mm: float) -> Degraded:
+    """Keep a slice across the body about every `mm`: as many of an organ however long the scan is."""
+    worse, axis, spacing_mm = upright(scan)
+    size = worse.scan.grid.shape[axis]
+    return keep_slices(worse, min(size, max(1, round(size * spacing_mm / mm))), axis)
+
+
+def missing_every(scan: Scan, mm: float, of_mm: float) -> Degraded:
+    """Hide `mm` of every `of_mm` along the body, the middle of the scan first; its outermost slices always remain."""
+    worse, axis, spacing_mm = upright(scan)
+    size = worse.scan.grid.shape[axis]
+    from_middle_mm = (np.arange(size) - (size - 1) / 2) * spacing_mm
+    kept = np.abs((from_middle_mm + of_mm / 2) % of_mm - of_mm / 2) >= mm / 2
+    kept[[0, -1]] = True
+    seen = worse.seen & kept.reshape([size if k == axis else 1 for k in range(3)])
+    return replace(worse, observed=worse.scan.like(seen[None].astype(np.uint8)))
+
+
 def header_only(scan: Degraded) -> Degraded:
     """Forget how thick the slices are: nobody is told more than the header says."""
     return replace(scan, slice_thickness_mm=None)
@@ -132,6 +174,24 @@ SETS = {
     "hippocampus-1mm": TrainingSet("Task04_Hippocampus", SPLITS / "hippocampus.json", 1.0, "base", 101),
     "acdc": TrainingSet("acdc", SPLITS / "acdc.json", 2.5, "small", 40),
     "left_atrium": TrainingSet("left_atrium", SPLITS / "left_atrium.json", 2.5, "small", 20),
+    # Public sets that whoever has them lays out; the minutes are meant for a GPU, and nobody has tried them.
+    "totalsegmentator": TrainingSet("totalsegmentator", None, 3.0, "base", 480),
+    "totalsegmentator_v1": TrainingSet("totalsegmentator_v1", None, 3.0, "base", 480),
+    "mmwhs_ct": TrainingSet("mmwhs_ct", None, 2.0, "base", 240),
+    "kits23": TrainingSet("kits23", None, 3.0, "base", 480),
+}
+FULL = ("totalsegmentator", "totalsegmentator_v1", "mmwhs_ct", "kits23")
+PREPARED = {  # folder -> the command that makes it; SRC is the download, DATA the folder of all sets
+    "Task04_Hippocampus": "fetch hippocampus --out DATA",
+    "acdc": "convert acdc SRC DATA/acdc",
+    "left_atrium": "convert la2018 SRC DATA/left_atrium",
+    "mscmr_lge": "convert mscmrseg SRC DATA/mscmr_lge",
+    "totalsegmentator": "convert totalsegmentator SRC DATA/totalsegmentator",
+    "totalsegmentator_mr": "convert totalsegmentator SRC DATA/totalsegmentator_mr --modality mr",
+    "totalsegmentator_v1": f"convert totalsegmentator SRC DATA/totalsegmentator_v1 --structures {','.join(HEART_V1)}",
+    "mmwhs_ct": "convert mmwhs SRC DATA/mmwhs_ct --structures LV,RV,LA,RA,MYO",
+    "mmwhs_mr": "convert mmwhs SRC DATA/mmwhs_mr --modality mr --structures LV,RV,LA,RA,MYO",
+    "kits23": "convert kits23 SRC DATA/kits23",
 }
 
 # The columns ----------------------------------------------------------------------------------------------
@@ -140,12 +200,16 @@ METHODS = {
     "genmed": Method("GenMed, automatic", "genmed"),
     "genmed-interpolated": Method("GenMed, interpolation + one evaluation", "genmed", mode="conditional"),
     "genmed-from-left_atrium": Method(
-        "GenMed, automatic, started from the left atrium model", "genmed-from-left_atrium", init="left_atrium/genmed"
+        "GenMed, automatic, started from the left atrium model", "genmed-from-left_atrium", init="left_atrium/genmed",
+        sets=("hippocampus",),
     ),
     "dynunet": Method("DynUNet", "dynunet", network="dynunet"),
     "dynunet-none": Method("DynUNet, no augmentation", "dynunet-none", network="dynunet", augmentation="none"),
     "diffusion": Method("conditional diffusion", "diffusion", network="diffusion"),
-    "swinunetr": Method("SwinUNETR", "swinunetr", network="swinunetr", sets=("hippocampus",)),
+    "swinunetr": Method(
+        "SwinUNETR", "swinunetr", network="swinunetr",
+        sets=("hippocampus", *FULL),
+    ),
     "genmed-randomised": Method(
         "GenMed, automatic, contrast-randomised training", "genmed-randomised", augmentation="randomised", main=False
     ),
@@ -192,6 +256,16 @@ ACDC_DEGRADED = (  # 1.5 x 1.5 x 10 mm voxels, the slices along the last axis
     Input("Gaussian noise 0.5", (NOISE_50,)),
     Input("5 mm in the plane + noise 0.3", (change(coarser, mm=5), NOISE_30)),
 )
+CT_DEGRADED = (  # by length, since scans reach from a heart to a whole body; hearts and kidneys are about 12 cm long
+    CLEAN,
+    Input("4 mm voxels", (change(coarser, mm=4),)),
+    Input("8 mm voxels", (change(coarser, mm=8),)),
+    Input("10 mm slices", (change(axial_slices, mm=10),)),
+    Input("40 mm of every 120 mm missing", (change(missing_every, mm=40, of_mm=120),)),
+    Input("a slice every 15 mm", (change(slice_every, mm=15),)),
+    Input("a slice every 30 mm", (change(slice_every, mm=30),)),
+    Input("Gaussian noise 0.5", (NOISE_50,)),
+)
 OTHER_CONTRASTS = (
     CLEAN,
     Input("inverted", (change(inverted),)),
@@ -206,8 +280,12 @@ CONFIRMED = tuple(row for row in (*HIPPOCAMPUS_DEGRADED, *OTHER_CONTRASTS[1:]) i
     "clean", "8 mm voxels", "4 slices", "inverted"
 ))  # fmt: skip
 LGE = Input("late enhancement scans (mscmr_lge)", folder="mscmr_lge")
+CHAMBERS = dict(zip(HEART_V1, ("MYO", "LA", "LV", "RA", "RV"), strict=True))  # TotalSegmentator v1 -> MM-WHS
+OTHER_CT = Input("another CT set (mmwhs_ct)", folder="mmwhs_ct", labels=CHAMBERS)
+MMWHS_MR = Input("MR scans (mmwhs_mr)", folder="mmwhs_mr")
+TOTAL_MR = Input("MR scans (totalsegmentator_mr)", folder="totalsegmentator_mr")
 FEW_SHOT = tuple(
-    Input(f"{cases} training cases, draw {draw}", (), f"{cases} training cases, mean of draws", "", cases, draw)
+    Input(f"{cases} training cases, draw {draw}", (), f"{cases} training cases, mean of draws", cases=cases, draw=draw)
     for cases in (2, 4)
     for draw in (0, 1, 2)
 )
@@ -215,19 +293,23 @@ FEW_SHOT = tuple(
 # The tables -----------------------------------------------------------------------------------------------
 
 TABLES = {
-    "standard": Table(
-        dict.fromkeys(("hippocampus", "acdc", "left_atrium"), (CLEAN,)), (OURS, PLAIN, *PEERS)
-    ),
+    "standard": Table(dict.fromkeys(("hippocampus", "acdc", "left_atrium", *FULL), (CLEAN,)), (OURS, PLAIN, *PEERS)),
     "degraded": Table(
-        {"hippocampus": HIPPOCAMPUS_DEGRADED, "acdc": ACDC_DEGRADED},
+        {"hippocampus": HIPPOCAMPUS_DEGRADED, "acdc": ACDC_DEGRADED, **dict.fromkeys(FULL, CT_DEGRADED)},
         (OURS, PLAIN, *PEERS, "genmed-degraded", "genmed-randomised", "dynunet-randomised"),
     ),
     "zeroshot": Table(
-        {"hippocampus": OTHER_CONTRASTS, "acdc": (*OTHER_CONTRASTS, LGE)},
+        {
+            "hippocampus": OTHER_CONTRASTS,
+            "acdc": (*OTHER_CONTRASTS, LGE),
+            "totalsegmentator": (CLEAN, TOTAL_MR),
+            "totalsegmentator_v1": (CLEAN, OTHER_CT, replace(MMWHS_MR, labels=CHAMBERS)),
+            "mmwhs_ct": (CLEAN, MMWHS_MR),
+        },
         (OURS, PLAIN, *PEERS, "genmed-randomised", "dynunet-randomised"),
     ),
     "fewshot": Table(
-        {"hippocampus": FEW_SHOT},
+        dict.fromkeys(("hippocampus", *FULL), FEW_SHOT),
         (OURS, "genmed-from-left_atrium", "dynunet", "dynunet-none", "diffusion"),
     ),
     "confirmed": Table({"hippocampus-1mm": CONFIRMED}, (OURS, PLAIN, "dynunet")),

@@ -46,7 +46,8 @@ class PublicLayout:
     """How a public data set lies on disk.
 
     `cases` gets the folder, the modality and the names of the labels. `channels` maps modalities to channel
-    names; the first one is the default. `labels` names the values 1, 2, ...; none means that the user chooses.
+    names; the first one is the default. `labels` names the values 1, 2, ... unless the user chooses; none: a mask
+    for each of many structures.
     """
 
     cases: Callable[[Path, str, Sequence[str]], Iterator[Source]]
@@ -77,8 +78,10 @@ HEART_V1 = (
     "heart_ventricle_right",
 )
 HEART_V2 = ("heart", "aorta", "inferior_vena_cava")
-MMWHS_VALUES = {500: 1, 600: 2, 420: 3, 421: 3, 550: 4, 205: 5, 820: 6, 850: 7}
-MSCMR_VALUES = {600: 1, 200: 2, 500: 3}
+KITS_VALUES = {1: "kidney", 2: "tumor", 3: "cyst"}
+ACDC_VALUES = {1: "RV", 2: "MYO", 3: "LV"}
+MMWHS_VALUES = {500: "LV", 600: "RV", 420: "LA", 421: "LA", 550: "RA", 205: "MYO", 820: "AO", 850: "PA"}
+MSCMR_VALUES = {600: "RV", 200: "MYO", 500: "LV"}
 MSCMR_NAMES = {"lge": ("LGE", "DE"), "c0": ("C0",), "t2": ("T2",)}
 
 
@@ -97,19 +100,21 @@ def totalsegmentator(src: Path, modality: str, structures: Sequence[str]) -> Ite
 def mmwhs(src: Path, modality: str, labels: Sequence[str]) -> Iterator[Source]:
     """MM-WHS 2017: ct_train/ct_train_1001_image.nii.gz with _label.nii.gz, and mr_train alike.
 
-    Label values as in Zhuang et al., Medical Image Analysis 58 (2019) 101537; they stand at
-    http://www.zmic.org.cn/care_2024/track5/. One MR label map has some voxels of 421 for 420.
+    Some copies of the set are in several folders, ct_train1 and ct_train2. Label values as in Zhuang et al., Medical
+    Image Analysis 58 (2019) 101537; they stand at http://www.zmic.org.cn/care_2024/track5/. One MR label map has some
+    voxels of 421 for 420.
     """
-    folder = _inside(src, f"{modality}_train")
     pattern = rf"({modality}_train_\d+)_(?:image|label)\.nii(?:\.gz)?"
-    for id in sorted({match[1] for _, match in _named(folder.glob("*"), pattern)}):
-        yield Source(id, _nifti(folder / f"{id}_image"), recoded(_nifti(folder / f"{id}_label"), MMWHS_VALUES))
+    files = [path for folder in (src, *_folders(src, f"{modality}_train*")) for path in folder.glob("*")]
+    for folder, id in sorted({(path.parent, match[1]) for path, match in _named(files, pattern)}):
+        label = recoded(_nifti(folder / f"{id}_label"), numbered(MMWHS_VALUES, labels))
+        yield Source(id, _nifti(folder / f"{id}_image"), label)
 
 
 def kits23(src: Path, modality: str, labels: Sequence[str]) -> Iterator[Source]:
     """KiTS23: case_NNNNN/imaging.nii.gz and segmentation.nii.gz, in dataset/ of https://github.com/neheller/kits23."""
     for folder in _folders(_inside(src, "dataset"), "case_*"):
-        label = recoded(_nifti(folder / "segmentation"), {1: 1, 2: 2, 3: 3})
+        label = recoded(_nifti(folder / "segmentation"), numbered(KITS_VALUES, labels))
         yield Source(folder.name, _nifti(folder / "imaging"), label)
 
 
@@ -127,7 +132,8 @@ def acdc(src: Path, modality: str, labels: Sequence[str]) -> Iterator[Source]:
         text = info.read_text(encoding="utf-8", errors="replace") if info.is_file() else ""
         frames |= {f"{folder.name}_frame{int(k):02d}" for k in re.findall(r"^E[DS]:\s*(\d+)", text, re.MULTILINE)}
         for frame in sorted(frames):
-            yield Source(frame, _nifti(folder / frame), recoded(_nifti(folder / f"{frame}_gt"), {1: 1, 2: 2, 3: 3}))
+            label = recoded(_nifti(folder / f"{frame}_gt"), numbered(ACDC_VALUES, labels))
+            yield Source(frame, _nifti(folder / frame), label)
 
 
 def mscmrseg(src: Path, modality: str, labels: Sequence[str]) -> Iterator[Source]:
@@ -145,7 +151,8 @@ def mscmrseg(src: Path, modality: str, labels: Sequence[str]) -> Iterator[Source
             images = [image for image, other in found if other[1] == id and not other[2]]
             if len(images) > 1:
                 raise GenMedError(f"{images[0]}: is also {images[1]}; give the folder of one of them.")
-            yield Source(id, [*images, path.with_name(f"{id}{ENDING}")][0], recoded(path, MSCMR_VALUES))
+            label = recoded(path, numbered(MSCMR_VALUES, labels))
+            yield Source(id, [*images, path.with_name(f"{id}{ENDING}")][0], label)
 
 
 def la2018(src: Path, modality: str, labels: Sequence[str]) -> Iterator[Source]:
@@ -211,6 +218,11 @@ SETS: dict[str, PublicLayout] = {
 
 
 # Label makers -----------------------------------------------------------------------------------------------
+
+
+def numbered(names: Mapping[int, str], labels: Sequence[str]) -> dict[int, int]:
+    """Published value -> value 1, 2, ... of its name among the labels; names that are not wanted become 0."""
+    return {value: labels.index(name) + 1 if name in labels else 0 for value, name in names.items()}
 
 
 def recoded(path: Path, values: Mapping[int, int]) -> LabelMaker:
@@ -279,11 +291,13 @@ def convert(
     Args:
         name: a key of `SETS`.
         modality: for sets with several; default: the first one of the set.
-        structures: for totalsegmentator: the masks to combine, in this order, as the values 1, 2, ...
+        structures: the labels, in this order, as the values 1, 2, ...; others become background. Default: all of
+            the set's, and for totalsegmentator, whose masks are combined, the heart.
 
     Images, and labels whose values stay, are copied byte for byte. Converted cases are skipped when run again; a
     case that cannot be converted is told in `Outcome.failed` and does not stop the others. dataset.json comes
-    last. Where TotalSegmentator's meta.csv divides the cases, split.json does so too. Nothing is written to `src`.
+    last. Where TotalSegmentator's meta.csv divides the cases, split.json divides those that show a structure.
+    Nothing is written to `src`.
     Raises `GenMedError` for an unknown set or option, a wrong folder, or an `out` that holds something else.
     """
     src, out = Path(src), Path(out)
@@ -292,15 +306,13 @@ def convert(
         raise GenMedError(f"{src}: no such folder; give the folder of the data set {name}.")
     if src.resolve() in (out.resolve(), *out.resolve().parents):
         raise GenMedError(f"{out}: lies in {src}, which is never changed; choose another folder.")
-    labels = layout.labels or _choose_structures(src, structures)
-    if layout.labels and structures:
-        raise GenMedError(f"--structures: the labels of {name} are always {', '.join(labels)}; leave it out.")
+    labels = _choose_structures(layout, src, structures)
     cases = _find(layout, src, modality, labels)
     _claim(out, {"set": name, "modality": modality, "labels": list(labels)})
     outcome = _convert_all(cases, out)
     ids = sorted(path.name.removesuffix(ENDING) for path in (out / "labelsTr").glob(f"*{ENDING}"))
     if ids:
-        _write_split(src / "meta.csv", out / "split.json", name, ids)
+        _write_split(src / "meta.csv", out, name, ids)
         _write_json(out / "dataset.json", name, layout, modality, labels, len(ids))
     return outcome
 
@@ -314,18 +326,19 @@ def _choose(name: str, modality: str | None) -> tuple[PublicLayout, str]:
     return SETS[name], modality or modalities[0]
 
 
-def _choose_structures(src: Path, wanted: Sequence[str]) -> tuple[str, ...]:
-    """The wanted structures, or the chambers of the heart where they are published (v1), or what v2 and MR have."""
+def _choose_structures(layout: PublicLayout, src: Path, wanted: Sequence[str]) -> tuple[str, ...]:
+    """The wanted labels; else those of the set. TotalSegmentator: the chambers of the heart (v1), or what v2 has."""
     masks = (path for folder in _folders(src, "s[0-9]*") for path in (folder / "segmentations").glob("*.nii*"))
-    known = {match[1] for _, match in _named(masks, r"(.+)\.nii(?:\.gz)?")}
+    known = set(layout.labels) or {match[1] for _, match in _named(masks, r"(\w.*)\.nii(?:\.gz)?")}
     if not wanted:
-        return HEART_V1 if known.issuperset(HEART_V1) else HEART_V2
+        return layout.labels or (HEART_V1 if known.issuperset(HEART_V1) else HEART_V2)
     for structure in wanted:
         if wanted.count(structure) > 1:
             raise GenMedError(f"--structures: '{structure}' is named twice; name it once.")
         if known and structure not in known:
             close = difflib.get_close_matches(structure, sorted(known), n=3, cutoff=0.4) or sorted(known)[:3]
-            raise GenMedError(f"--structures: no case has a mask '{structure}'; there are {', '.join(close)}, ...")
+            what = "the set has no label" if layout.labels else "no case has a mask"
+            raise GenMedError(f"--structures: {what} '{structure}'; there are {', '.join(close)}, ...")
     return tuple(wanted)
 
 
@@ -421,16 +434,25 @@ def _write_json(
     write_json(path, entries)
 
 
-def _write_split(meta: Path, path: Path, name: str, ids: Sequence[str]) -> None:
-    """train, val and test of the column "split" of meta.csv as train, tune and report, if none of them is empty."""
+def _write_split(meta: Path, out: Path, name: str, ids: Sequence[str]) -> None:
+    """train, val and test of the column "split" of meta.csv as train, tune and report of the cases that show anything.
+
+    The CT set divides 1082, 57 and 89 cases; the MR set 561 and 55, none to val, so that every tenth of its training
+    cases is for tuning (https://github.com/wasserth/TotalSegmentator/issues/511). No split without training or test
+    cases.
+    """
     if not meta.is_file():
         return
     text = meta.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     rows = csv.DictReader(text, delimiter=";" if text and ";" in text[0] else ",")
     part_of = {row.get("image_id"): row.get("split") for row in rows}
-    train, tune, report = (tuple(id for id in ids if part_of.get(id) == part) for part in ("train", "val", "test"))
+    shown = [id for id in ids if id in part_of and read_labels(out / "labelsTr" / f"{id}{ENDING}").data.any()]
+    train, tune, report = ([id for id in shown if part_of[id] == part] for part in ("train", "val", "test"))
+    if not tune:
+        tune, train = train[::10], [id for k, id in enumerate(train) if k % 10]
     if train and tune and report:
-        write_split(path, Split(name, train, tune, report, "one per case; the parts are those of meta.csv"))
+        subjects = "one per case; the parts are those of meta.csv, without empty label maps"
+        write_split(out / "split.json", Split(name, tuple(train), tuple(tune), tuple(report), subjects))
 
 
 # Folders ----------------------------------------------------------------------------------------------------
