@@ -166,8 +166,8 @@ class Posed:
         return q, (self.lower / voxel).clamp(max=far), (self.upper / voxel).clamp(min=-far)
 
     def _weights(self, missed: Tensor) -> Tensor:
-        """Square roots of the weights of a Cauchy likelihood where the cue is doubtful, else 1."""
-        return (1 + (missed / DOUBT) ** 2).rsqrt() if self.cue.doubtful else torch.ones_like(missed)
+        """Square roots of the weights of a Geman-McClure likelihood where the cue is doubtful, else 1."""
+        return (1 + (missed / DOUBT) ** 2).reciprocal() if self.cue.doubtful else torch.ones_like(missed)
 
     def _units(self, pose: Tensor) -> Float[Tensor, "b 1"]:
         """A pose's voxel in units that are the same for all poses, so that no large cube is favoured."""
@@ -175,7 +175,7 @@ class Posed:
 
     def _cost(self, volume: Tensor, size: Tensor, pose: Tensor) -> Float[Tensor, " b"]:
         missed = self.misses(volume, pose) * self._units(pose)
-        square = DOUBT**2 * torch.log1p((missed / DOUBT) ** 2) if self.cue.doubtful else missed**2
+        square = missed**2 / (1 + (missed / DOUBT) ** 2) if self.cue.doubtful else missed**2
         apart = (self.model.size_of(pose[:, 3:]) - size) / SIZE_SIGMA
         return square.sum(1) / self.sigma**2 + self.knows_size * (apart**2).sum(1)
 

@@ -31,8 +31,6 @@ from genmed.bench.shape_peers import (
     Interpolation,
     PcaSettings,
     Statistical,
-    _Objective,
-    gauss_newton,
     gaussian_model,
     missed_by,
     nearest,
@@ -42,6 +40,7 @@ from genmed.bench.shape_peers import (
 from genmed.cue import Cue, cue_of_labels, spline, thinned, with_sides
 from genmed.data.shapes import ShapeDataset, read_shapes
 from genmed.errors import GenMedError
+from genmed.laplace import Objective, gauss_newton
 from genmed.nets.autoencoder import principal_components
 from genmed.pose import Posed, first_poses
 from genmed.shape import Shape, decode, encode
@@ -115,13 +114,13 @@ def test_a_step_of_gauss_newton_never_makes_the_fit_worse(gaussian: ShapeModel) 
     cue = thinned(whole_cue(kidney()), 300, 0)
     poses = first_poses(cue, SIDE, 3)
     zero = torch.zeros(3, gaussian.plan.modes)
-    costs = [gauss_newton(gaussian, cue, 1.0, poses, zero, steps).cost for steps in (0, 2, 6)]
+    costs = [gauss_newton(gaussian, cue, poses, zero, steps).cost for steps in (0, 2, 6)]
     assert (costs[1] <= costs[0]).all() and (costs[2] <= costs[1]).all() and (costs[2] < costs[0]).any()
 
 
 def test_steps_of_the_pose_alone_are_those_of_the_whole_system(gaussian: ShapeModel) -> None:
     for cue in (thinned(whole_cue(kidney()), 300, 0), draw_cue(kidney(), "redundant", 0)):
-        objective = _Objective(gaussian, cue, 1.0)
+        objective = Objective(gaussian, cue, 1.0)
         poses, k = first_poses(cue, SIDE, 3), gaussian.plan.modes
         codes = torch.randn(3, k, generator=torch.Generator().manual_seed(0))
         hessian, slope = objective.system(codes, poses)
@@ -140,8 +139,8 @@ def test_the_size_that_a_category_expects_counts_for_it(gaussian: ShapeModel) ->
     for deviation in (0.1, 0.4):
         plan = replace(gaussian.plan, size_mean=float(pose[0, 3]), size_deviation=deviation)
         codes = torch.zeros(1, gaussian.plan.modes)
-        fits.append(gauss_newton(replace(gaussian, plan=plan), cue, 1.0, pose.float(), codes, 6))
-    hessians = [torch.logdet(_Objective(fit.model, cue, 1.0).system(fit.codes, fit.poses)[0]) for fit in fits]
+        fits.append(gauss_newton(replace(gaussian, plan=plan), cue, pose.float(), codes, 6))
+    hessians = [torch.logdet(Objective(fit.model, cue, 1.0).system(fit.codes, fit.poses)[0]) for fit in fits]
     parts = [float(fit.cost + hessian) for fit, hessian in zip(fits, hessians, strict=True)]
     found = float(fits[0].evidence - fits[1].evidence) - (parts[0] - parts[1])
     assert found == pytest.approx(2 * np.log(0.1 / 0.4), abs=1e-2)
@@ -151,7 +150,7 @@ def test_the_size_that_a_category_expects_counts_for_it(gaussian: ShapeModel) ->
 def test_a_size_without_an_opinion_has_no_normaliser(gaussian: ShapeModel) -> None:
     cue = thinned(whole_cue(kidney()), 300, 0)
     far = replace(gaussian.plan, size_mean=gaussian.plan.size_mean + 100)
-    fits = [gauss_newton(replace(gaussian, plan=replace(far, size_deviation=d)), cue, 1.0, first_poses(cue, SIDE, 1),
+    fits = [gauss_newton(replace(gaussian, plan=replace(far, size_deviation=d)), cue, first_poses(cue, SIDE, 1),
                          torch.zeros(1, gaussian.plan.modes), 2) for d in (0.1, 0.4)]  # fmt: skip
     assert float(fits[0].evidence) == pytest.approx(float(fits[1].evidence)) and fits[0].evidence.isfinite().all()
 

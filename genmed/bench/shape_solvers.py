@@ -25,9 +25,9 @@ from genmed.files import sha256_of, write_json
 from genmed.metrics import dice
 from genmed.shape import Shape
 from genmed.shape_model import ShapeModel
-from genmed.tasks.complete import STEPS, TRIED, Completion, complete
+from genmed.tasks.complete import START_SIGMA, STEPS, Completion, complete
 
-VERSION = 3  # raise it whenever cues, peers or scores change: nothing of an older one is used again
+VERSION = 4  # raise it whenever cues, peers or scores change: nothing of an older one is used again
 SAMPLES = 12  # of ours and of the conditioned peer, averaged
 TUNE_SHAPES = 12
 TUNE_KINDS = ("one plane", "three planes", "half missing", "redundant", "noisy points")
@@ -55,6 +55,8 @@ METHODS = {
     "genmed-text": Method("GenMed, category and side as text", told=True),
     "pca": Method("PCA + GP, category told", told=True),
     "pca-unknown": Method("PCA + GP, category not told"),
+    "pca-likely": Method("PCA + GP with our likely bounds, category told", told=True),
+    "pca-likely-unknown": Method("PCA + GP with our likely bounds, category not told"),
     "conditioned": Method("input-conditioned diffusion"),
     "conditioned-gp": Method("input-conditioned diffusion + GP"),
     "interpolation": Method("shape-based interpolation"),
@@ -108,7 +110,7 @@ class Lab:
 def solvers(lab: Lab, columns: Sequence[str]) -> dict[str, Solver]:
     """The methods of these names, ready; trains and chooses what is missing in the folder of the peers."""
     found: dict[str, Solver] = {}
-    if {"pca", "pca-unknown"} & set(columns):
+    if {name for name in columns if name.startswith("pca")}:
         found |= _pca(lab)
     if {"conditioned", "conditioned-gp"} & set(columns):
         found |= _conditioned(lab)
@@ -129,7 +131,7 @@ def key_of(name: str, lab: Lab, *settings: Any) -> str:
 
 
 def _ours(lab: Lab) -> dict[str, Solver]:
-    settings = lab.model.sha256, STEPS, TRIED, SAMPLES
+    settings = lab.model.sha256, STEPS, START_SIGMA, SAMPLES
 
     def alone(cue: Cue, row: ShapeRow) -> Sequence[Shape]:
         return complete(lab.model, cue, samples=SAMPLES).shapes
@@ -178,19 +180,18 @@ def _conditioned(lab: Lab) -> dict[str, Solver]:
 
 def _pca(lab: Lab) -> dict[str, Solver]:
     settings, note = chosen_pca(lab)
-    peer = lab.statistical(settings.sided).under(settings)
-    key = asdict(settings)
+    looked = "one model of all shapes" if settings.pooled else "every category tried, the most evident kept"
+    found = {}
+    for name, ours in (("pca", False), ("pca-likely", True)):
+        peer = lab.statistical(settings.sided).under(replace(settings, likely=ours))
+        key = asdict(peer.settings)
+        found[name] = Solver(key_of(name, lab, key), _told(peer), note)
+        found[f"{name}-unknown"] = Solver(key_of(f"{name}-unknown", lab, key), _untold(peer), looked)
+    return found
 
-    def told(cue: Cue, row: ShapeRow) -> Sequence[Shape]:
-        return peer.complete(cue, (row.category, row.side))
 
-    return {
-        "pca": Solver(key_of("pca", lab, key), told, note),
-        "pca-unknown": Solver(
-            key_of("pca-unknown", lab, key), _untold(peer),
-            "one model of all shapes" if settings.pooled else "every category tried, the most evident kept",
-        ),
-    }  # fmt: skip
+def _told(peer: Statistical) -> Find:
+    return lambda cue, row: peer.complete(cue, (row.category, row.side))
 
 
 def chosen_pca(lab: Lab) -> tuple[PcaSettings, str]:

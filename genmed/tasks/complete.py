@@ -11,23 +11,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from genmed.cue import Cue, thinned, with_sides
+from genmed.cue import Cue, likely, with_sides
 from genmed.errors import GenMedError
 from genmed.fields import Field, Fields
 from genmed.guide import consistent, guided, retry
+from genmed.laplace import Supposition, suppositions
 from genmed.mesh import Mesh, surface
-from genmed.pose import Posed, first_poses
+from genmed.pose import Posed
 from genmed.samplers import euler, heun, noise, schedule, seeded
 from genmed.shape import TRUNCATION, Shape, encode
 from genmed.shape_model import ShapeModel
 from genmed.tasks.segment import Interval
 from genmed.volume import Grid
 
-STEPS = 16      # noise levels of a trajectory
-TRIED = 2       # trajectories from different poses for each sample; those of least energy are kept
-START_SIGMA = 30.0
-SUPPOSED_POSES, SUPPOSED_POINTS, SUPPOSED_STEPS = 2, 400, 8  # of every structure that a cue might be of
-KEPT = 6        # suppositions that are gone on with
+STEPS = 8       # noise levels of a trajectory
+START_SIGMA = 3.0  # of them the first: large enough that samples differ, small enough that poses hold
+GENERATED_STEPS = 16
 POSED_BELOW = 1.0  # noise level from which poses are fitted: louder estimates are blurred, and seem too small
 BLUR = 0.3      # noise level at which trajectories are compared
 RELAX = 1.0     # of the guide's line search
@@ -84,9 +83,13 @@ def complete(
 ) -> Completion:
     """Draw shapes that agree with a cue; box, scale and pose come from the cue alone.
 
+    What the cue may be of, and where, is settled first, in closed form (`genmed.laplace.suppositions`). Trajectories
+    start from the likeliest suppositions, as often as the evidence says, and are guided by the cue. What they still
+    miss of it is added as a Gaussian process.
+
     Args:
         text: sentence embedding of a caption (`genmed.text.embed`), or None.
-        samples: how many are returned; more are drawn, from several poses, and those of least energy kept.
+        samples: how many are drawn; those of least energy come first.
         progress: called with the finished share.
 
     Raises:
@@ -96,16 +99,15 @@ def complete(
     if samples < 1:
         raise GenMedError(f"samples {samples}: must be 1 or more.")
     cue = with_sides(cue, seed)
-    count = TRIED * samples
-    if text is None:
-        poses, words = supposed(model, cue, count, seed)
-    else:
-        poses, words = first_poses(cue, model.plan.size, count, seed), model.text_of(text[None]).expand(count, -1)
-    z0, posed = draw(model, cue, poses, words, seed, progress=progress)
-    order = energy(z0, posed).argsort()[:samples]
+    expected = likely(cue)
+    spoken = None if text is None else model.text_of(text[None])[0]
+    found = suppositions(model, expected, spoken, seed)
+    z0, poses, words = starts(model, found, spoken, samples)
+    z0, posed = draw(model, expected, z0, poses, words, seed, progress=progress)
+    order = energy(z0, posed).argsort()
     codes = z0[order][:, model.fields.slice("shape")].flatten(1)
     volume = model.autoencoder.decode(codes, model.plan.size)
-    posed.pose = posed.pose[order]
+    posed = Posed(model, cue, posed.pose[order])
     volume = honoured(volume, posed)
     shapes = tuple(shape_at(v, p) for v, p in zip(volume[:, 0].numpy(), posed.pose.numpy(), strict=True))
     if progress:
@@ -114,33 +116,33 @@ def complete(
     return Completion(shapes, missed, _interval(shapes), time.monotonic() - started, seed)
 
 
-def supposed(model: ShapeModel, cue: Cue, count: int, seed: int) -> tuple[Float[Tensor, "n 4"], Float[Tensor, "n d"]]:
-    """Poses and words to start from where nobody said what the cue is of.
-
-    Every structure that the model knows is supposed in turn, and none (words of NaN), from a few poses and with few
-    points and levels. Those of least energy are gone on with.
-    """
+def starts(
+    model: ShapeModel, found: Sequence[Supposition], text: Float[Tensor, " d"] | None, count: int
+) -> tuple[Float[Tensor, "n c 1 1 1"], Float[Tensor, "n 4"], Float[Tensor, "n d"]]:
+    """Fields, poses and words (NaN: none) of so many trajectories: suppositions by their share of the evidence."""
+    evidence = torch.tensor([supposition.evidence for supposition in found])
+    share = (-(evidence - evidence.min()) / 2).softmax(dim=0).cumsum(0)
+    places = (torch.arange(count) + 0.5) / count
+    chosen = [found[min(i, len(found) - 1)] for i in torch.searchsorted(share, places).tolist()]
     words = model.words.clone()
     words[-1] = torch.nan
-    words = words.repeat_interleave(SUPPOSED_POSES, dim=0)
-    poses = first_poses(cue, model.plan.size, SUPPOSED_POSES, seed).repeat(len(model.words), 1)
-    z0, posed = draw(model, thinned(cue, SUPPOSED_POINTS, seed), poses, words, seed, steps=SUPPOSED_STEPS)
-    best = energy(z0, posed).argsort()[:KEPT]
-    chosen = best.repeat(-(-count // len(best)))[:count]
-    return posed.pose[chosen], words[chosen]
+    spoken = torch.stack([words[s.number] if text is None else text for s in chosen])
+    poses, shapes = torch.stack([s.pose for s in chosen]), torch.stack([s.shape for s in chosen])
+    parts = {"shape": shapes, "size": model.size_of(poses[:, 3:]), "text": spoken.nan_to_num(0.0)}
+    return model.fields.join({name: x[..., None, None, None] for name, x in parts.items()}), poses, spoken
 
 
 def draw(
     model: ShapeModel,
     cue: Cue,
+    start: Float[Tensor, "n c 1 1 1"],
     poses: Float[Tensor, "n 4"],
     words: Float[Tensor, "n d"],
     seed: int,
     *,
-    steps: int = STEPS,
     progress: Progress | None = None,
 ) -> tuple[Float[Tensor, "n c 1 1 1"], Posed]:
-    """Guided trajectories from poses, given words (none where they are NaN): their fields, and poses they ended at."""
+    """Guided trajectories from noisy fields and poses, given words (none where they are NaN): where they ended."""
     fields, plan = model.fields, model.plan
     count = len(poses)
     silent = words.isnan().any(dim=1)
@@ -159,14 +161,14 @@ def draw(
             return model.denoiser(fields.join(fields.split(z) | {"text": spoken}), levels)
 
         generators = seeded([seed * 1_000_003 + i for i in range(count)])
-        z = START_SIGMA * noise(torch.zeros(count, fields.channels, 1, 1, 1), generators)
+        z = start + START_SIGMA * noise(torch.zeros_like(start), generators)
         steered = guided(denoise, fields, posed, relax=RELAX, scale=scale)
 
         def report(step: int, sigma: float, z: Tensor, z0_hat: Tensor) -> None:
             if progress:
-                progress((step + 1) / (steps + 2))
+                progress((step + 1) / (STEPS + 2))
 
-        return euler(steered, z, schedule(START_SIGMA, plan.sigma_min, steps), callback=report)
+        return euler(steered, z, schedule(START_SIGMA, plan.sigma_min, STEPS), callback=report)
 
     z0 = retry(trajectory)
     last[0](z0)  # once more: the pose of the final estimate
@@ -194,7 +196,7 @@ def generate(
 
     generators = seeded([seed * 1_000_003 + i for i in range(count)])
     z = plan.sigma_max * noise(torch.zeros(count, fields.channels, 1, 1, 1), generators)
-    drawn = fields.split(heun(denoise, z, schedule(plan.sigma_max, plan.sigma_min, STEPS)))
+    drawn = fields.split(heun(denoise, z, schedule(plan.sigma_max, plan.sigma_min, GENERATED_STEPS)))
     volume = model.autoencoder.decode(drawn["shape"].flatten(1), plan.size)
     log_mm = model.log_voxel_mm(drawn["size"].flatten(1))
     poses = torch.cat([torch.zeros(count, 3), log_mm], dim=1)
