@@ -64,25 +64,6 @@ def heun(
 
 
 @torch.no_grad()
-def ancestral(
-    denoise: Denoise,
-    z: Float[Tensor, "b c x y z"],
-    sigmas: Float[Tensor, " n"],
-    generators: Sequence[torch.Generator],
-    eta: float = 1.0,
-    callback: Callback | None = None,
-) -> Float[Tensor, "b c x y z"]:
-    """Stochastic sampler (DDPM, arXiv 2006.11239, in σ notation): step below the level, then add noise.
-
-    `eta` scales the added noise: 0 is `euler`, 1 the full posterior variance σ'² (σ² − σ'²) / σ².
-    """
-    for step, (sigma, following) in enumerate(pairwise(sigmas.tolist())):
-        z0_hat = _estimate(denoise, z, sigma, step, callback)
-        z = _ancestral_step(z, z0_hat, sigma, following, eta, generators)
-    return z
-
-
-@torch.no_grad()
 def time_travel(
     denoise: Denoise,
     z: Float[Tensor, "b c x y z"],
@@ -94,11 +75,12 @@ def time_travel(
     between: tuple[float, float] = (0.1, 3.0),
     callback: Callback | None = None,
 ) -> Float[Tensor, "b c x y z"]:
-    """Steps of `ancestral` (of `euler` with eta 0), each undone by re-noising and repeated `travels` times.
+    """Stochastic sampler (DDPM, arXiv 2006.11239, in σ notation): step below the level, then add noise.
 
-    Going back lets the fields agree at a level before it is left (RePaint, arXiv 2201.09865, algorithm 1;
-    FreeDoM, arXiv 2303.09833, section 4.3). Only levels `between` two values of σ, where the content of data
-    of unit variance is decided, are repeated.
+    `eta` scales the added noise: 0 is `euler`, 1 the full posterior variance σ'² (σ² − σ'²) / σ². Each step is undone
+    by re-noising and repeated `travels` times, so that the fields agree at a level before it is left (RePaint, arXiv
+    2201.09865, algorithm 1; FreeDoM, arXiv 2303.09833, section 4.3). Only levels `between` two values of σ, where the
+    content of data of unit variance is decided, are repeated.
     """
     for step, (sigma, following) in enumerate(pairwise(sigmas.tolist())):
         repeats = travels if between[0] <= sigma <= between[1] else 0

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from genmed.samplers import ancestral, euler, heun, noise, schedule, seeded, time_travel
+from genmed.samplers import euler, heun, noise, schedule, seeded, time_travel
 
 SPREAD = 0.5
 
@@ -21,8 +21,8 @@ def white(count: int, size: int = 2) -> Tensor:
 SAMPLERS = {
     "euler": lambda denoise, z, sigmas, seeds: euler(denoise, z, sigmas),
     "heun": lambda denoise, z, sigmas, seeds: heun(denoise, z, sigmas),
-    "ancestral": lambda denoise, z, sigmas, seeds: ancestral(denoise, z, sigmas, seeded(seeds)),
-    "time travel": lambda denoise, z, sigmas, seeds: time_travel(denoise, z, sigmas, 2, seeded(seeds), eta=1.0),
+    "ancestral": lambda denoise, z, sigmas, seeds: time_travel(denoise, z, sigmas, 0, seeded(seeds)),
+    "time travel": lambda denoise, z, sigmas, seeds: time_travel(denoise, z, sigmas, 2, seeded(seeds)),
 }
 
 
@@ -72,10 +72,9 @@ def test_batch_of_two_equals_two_single_runs(name: str) -> None:
     torch.testing.assert_close(both, torch.cat(alone), rtol=0, atol=1e-5)
 
 
-def test_ancestral_without_added_noise_and_no_travel_are_euler() -> None:
+def test_no_added_noise_and_no_travel_are_euler() -> None:
     z, sigmas = 20 * white(3), schedule(20, 0.01, 7)
     expected = euler(gaussian, z, sigmas)
-    assert torch.equal(ancestral(gaussian, z, sigmas, seeded(range(3)), eta=0.0), expected)
     assert torch.equal(time_travel(gaussian, z, sigmas, 0, seeded(range(3)), eta=0.0), expected)
 
 

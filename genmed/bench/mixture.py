@@ -187,8 +187,6 @@ def evaluate(
 
 # The table ------------------------------------------------------------------------------------------------
 
-LIMITS = {"first field": 0.15, "quarter": 0.6, "4× averages": 0.6}  # what the default must reach
-
 
 def travelling(steps: int, travels: int, eta: float = 1.0) -> Sampler:
     """Time travel from unit white noise."""
@@ -200,7 +198,7 @@ def travelling(steps: int, travels: int, eta: float = 1.0) -> Sampler:
 
 
 def chosen(denoise: Denoise, white: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """The default: within `LIMITS` with some margin, at few evaluations."""
+    """The default."""
     return travelling(STEPS, TRAVELS)(denoise, white, generators)
 
 

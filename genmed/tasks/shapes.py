@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from genmed.comparison import slice_corners
-from genmed.cue import AXES, MESH_VOXELS, ROOM, Cue, cue_of_labels, cue_of_points, planes_of
+from genmed.cue import AXES, ROOM, Cue, cue_of_labels, cue_of_points, planes_of
 from genmed.errors import GenMedError
 from genmed.files import sha256_of, write_bytes, write_json
 from genmed.mesh import MESH_SUFFIXES, Mesh, merged, read_mesh, repair, require_libraries, save_mesh, signed_distance
@@ -27,6 +27,7 @@ from genmed.volume import Volume, read, read_labels, require_same_grid
 NIFTI = (".nii.gz", ".nii")
 OUT_SUFFIXES = (*NIFTI, ".stl", ".ply", ".glb")
 MOST = 1000  # shapes that one command generates
+ACROSS = 80  # points across a section of a mesh
 
 
 def complete_file(
@@ -197,11 +198,11 @@ def _mesh_cue(
 
 
 def cue_of_sections(mesh: Mesh, planes_mm: Mapping[str, Sequence[float]], *, seed: int = 0) -> tuple[Cue, Mesh]:
-    """`genmed.cue.cue_of_mesh` of which nothing outside the planes is looked at; and ribbons along the sections.
+    """The cue of a surface that was cut by planes at world positions in mm, and ribbons along the sections.
 
-    Inside is, within each plane, where the generalised winding number (Jacobson et al., SIGGRAPH 2013) of the section's
-    outline exceeds one half either way round, so that gaps and surfaces that look inward do no harm. Raises
-    `GenMedError` where no plane meets the surface.
+    Nothing outside the planes is looked at. Inside is, within each plane, where the generalised winding number
+    (Jacobson et al., SIGGRAPH 2013) of the outline exceeds one half either way round, so that gaps and surfaces that
+    look inward do no harm. Raises `GenMedError` where no plane meets the surface.
     """
     mesh = merged(mesh)
     cuts = [(AXES[name], at, section(mesh, AXES[name], at)) for name, places in planes_mm.items() for at in places]
@@ -209,7 +210,7 @@ def cue_of_sections(mesh: Mesh, planes_mm: Mapping[str, Sequence[float]], *, see
     if not cuts:
         raise GenMedError("the cue is empty: no plane meets the surface; give positions in mm between its ends.")
     extent = max(float(np.ptp(lines, axis=(0, 1)).max()) for _, _, lines in cuts)
-    step, room = extent / MESH_VOXELS, extent * ROOM
+    step, room = extent / ACROSS, extent * ROOM
     points, inside = [], []
     for axis, at, lines in cuts:
         low, high = lines.min(axis=(0, 1)), lines.max(axis=(0, 1))
