@@ -27,7 +27,7 @@ STEPS = 16      # noise levels of a trajectory
 TRIED = 2       # trajectories from different poses for each sample; those of least energy are kept
 START_SIGMA = 30.0
 SUPPOSED_POSES, SUPPOSED_POINTS, SUPPOSED_STEPS = 2, 400, 8  # of every structure that a cue might be of
-KEPT = 6        # suppositions that are gone on with
+KEPT = 6        # suppositions, each with a pose, that are gone on with
 POSED_BELOW = 1.0  # noise level from which poses are fitted: louder estimates are blurred, and seem too small
 BLUR = 0.3      # noise level at which trajectories are compared
 RELAX = 1.0     # of the guide's line search
@@ -41,9 +41,9 @@ Progress = Callable[[float], None]
 
 @dataclass(frozen=True, eq=False)
 class Completion:
-    """What `complete` found: `shapes` of all kept samples, best first, in world mm.
+    """What `complete` found: `shapes` of all kept samples, of least energy first, in world mm.
 
-    `residual` is the root mean square of what the best sample misses of the cue, in mm. `volume_ml` is an interval
+    `residual` is the root mean square of what the first sample misses of the cue, in mm. `volume_ml` is an interval
     over samples if there are at least two.
     """
 
@@ -82,11 +82,12 @@ def complete(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Completion:
-    """Draw shapes that agree with a cue; box, scale and pose come from the cue alone.
+    """Draw shapes that agree with a cue. First poses come from its box alone, and are then fitted with the shape.
 
     Args:
-        text: sentence embedding of a caption (`genmed.text.embed`), or None.
-        samples: how many are returned; more are drawn, from several poses, and those of least energy kept.
+        text: sentence embedding of a caption (`genmed.text.embed`). None: every structure that the model knows is
+            `supposed`, and samples need not be of the same one.
+        samples: how many are returned; `TRIED` times as many are drawn, and those of least `energy` kept.
         progress: called with the finished share.
 
     Raises:
@@ -117,8 +118,8 @@ def complete(
 def supposed(model: ShapeModel, cue: Cue, count: int, seed: int) -> tuple[Float[Tensor, "n 4"], Float[Tensor, "n d"]]:
     """Poses and words to start from where nobody said what the cue is of.
 
-    Every structure that the model knows is supposed in turn, and none (words of NaN), from a few poses and with few
-    points and levels. Those of least energy are gone on with.
+    Every structure and side that the model knows is supposed in turn (its Gaussian's mean words), and none (words of
+    NaN), from a few poses and with few points and levels. The `KEPT` ones of least energy share the `count` starts.
     """
     words = model.words.clone()
     words[-1] = torch.nan
@@ -202,10 +203,10 @@ def generate(
 
 
 def energy(z0: Float[Tensor, "b c 1 1 1"], posed: Posed) -> Float[Tensor, " b"]:
-    """By how much a trajectory misses the cue, and how unusual its shape and size are.
+    """By how much a trajectory misses the cue (`Posed.cost`), and how unusual its shape and size are, words aside.
 
-    Minus twice the logarithm of the posterior under the mixture that the denoiser starts from, blurred by `BLUR`. Where
-    the cue leaves much open, all trajectories meet it, and the second part decides.
+    Minus twice the logarithm of the posterior, up to a constant, under the whole mixture that the denoiser starts from,
+    blurred by `BLUR`. Where the cue leaves much open, all trajectories meet it, and the second part decides.
     """
     hidden = torch.zeros(z0.shape[:2])
     hidden[:, posed.model.fields.slice("text")] = 1

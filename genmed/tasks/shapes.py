@@ -38,7 +38,7 @@ def complete_file(
     planes: str | None = None,
     observed: str | Path | None = None,
     text: str | None = None,
-    samples: int = 4,
+    samples: int = 12,
     seed: int = 0,
     page: str | Path | None = None,
     command: str = "",
