@@ -92,6 +92,7 @@ def complete(
 
     Raises:
         GenMedError: for fewer samples than 1.
+        Diverged: where trajectories leave the range of the data even with small steps.
     """
     started = time.monotonic()
     if samples < 1:

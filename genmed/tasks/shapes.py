@@ -15,7 +15,8 @@ from jaxtyping import Bool, Float
 from genmed.comparison import slice_corners
 from genmed.cue import AXES, ROOM, Cue, cue_of_labels, cue_of_points, planes_of
 from genmed.errors import GenMedError
-from genmed.files import sha256_of, write_bytes, write_json
+from genmed.files import require_room, sha256_of, write_bytes, write_json
+from genmed.guide import Diverged
 from genmed.mesh import MESH_SUFFIXES, Mesh, merged, read_mesh, repair, require_libraries, save_mesh, signed_distance
 from genmed.shape import cube
 from genmed.shape_model import ShapeModel
@@ -59,12 +60,14 @@ def complete_file(
             raise GenMedError(f"--out {out}: would overwrite the input; choose another.")
     if samples < 1 or seed < 0:
         raise GenMedError(f"--samples {samples} --seed {seed}: samples must be 1 or more, the seed 0 or more.")
-    warning, embedding = words(model, text)
-    wanted = parse_planes(planes)
+    require_room("--out", out)
     if page is not None:
         page = Path(page).expanduser()
         require_page("--page", page)
+        require_room("--page", page)
         require_libraries()
+    warning, embedding = words(model, text)
+    wanted = parse_planes(planes)
     label, seen, surface = None, None, None
     repairs: tuple[str, ...] = ()
     if part.suffix.lower() in MESH_SUFFIXES:
@@ -75,6 +78,8 @@ def complete_file(
         found = complete(model, cue, text=embedding, samples=samples, seed=seed, progress=progress)
     except GenMedError as error:
         raise GenMedError(f"{part}: {error}") from error
+    except Diverged as error:
+        raise GenMedError(f"{part}: the completion diverged ({error}); show more of it, or another --seed.") from error
     facts = {
         "command": command,
         "genmed": version("genmed"),
@@ -118,6 +123,7 @@ def generate_files(
         raise GenMedError(f"--out {out}: is a file; give a folder.")
     if not 1 <= count <= MOST or seed < 0:
         raise GenMedError(f"-n {count} --seed {seed}: give 1 to {MOST} shapes and a seed of 0 or more.")
+    require_room("--out", out / "generated.json")
     warning, embedding = words(model, text)
     rows: list[dict[str, Any]] = []
     before = _generated(out)
