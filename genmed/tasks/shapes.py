@@ -64,7 +64,6 @@ def complete_file(
     if page is not None:
         page = Path(page).expanduser()
         require_page("--page", page)
-        require_room("--page", page)
         require_libraries()
     warning, embedding = words(model, text)
     wanted = parse_planes(planes)
