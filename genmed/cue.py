@@ -14,13 +14,11 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from genmed.errors import GenMedError
-from genmed.mesh import Mesh, winding
 from genmed.volume import Volume
 
 POINTS = 6000
 ROOM = 0.75          # of the longest extent seen: how far around it emptiness is looked at
 AXES = {"coronal": 1, "sagittal": 0, "axial": 2}  # world axis that a plane is perpendicular to
-MESH_VOXELS = 80     # across a section of a mesh
 RBF_POINTS, SHELL_POINTS = 1500, 150  # of a cue that a spline goes through, and far around them
 SIDE_POINTS, AROUND = 800, 0.3  # beside points on a surface; how far around their box, over its sides
 LIKELY = 0.4         # of the distance to the other side that was seen: the surface is seldom closer
@@ -136,40 +134,7 @@ def _chosen(high: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarra
     return np.sort(rng.choice(len(high), count, replace=False, p=weights / weights.sum()))
 
 
-# Meshes and points ----------------------------------------------------------------------------------------
-
-
-def cue_of_mesh(
-    mesh: Mesh, planes_mm: Mapping[str, Sequence[float]], *, doubtful: bool = False, seed: int = 0
-) -> Cue:
-    """The cue of a surface that was cut by planes at world positions in mm.
-
-    Raises `GenMedError` where no plane meets it.
-    """
-    import trimesh
-
-    cut = trimesh.Trimesh(mesh.vertices, mesh.faces, process=False)
-    sections = []
-    for name, positions in planes_mm.items():
-        for position in positions:
-            axis = AXES[name]
-            normal = np.eye(3)[axis]
-            section = cut.section(plane_normal=normal, plane_origin=normal * position)
-            if section is not None:
-                sections.append((axis, position, np.asarray(section.bounds)))
-    if not sections:
-        raise GenMedError("the cue is empty: no plane meets the surface; give positions in mm between its ends.")
-    extent = max(float(np.ptp(bounds, axis=0).max()) for _, _, bounds in sections)
-    step = extent / MESH_VOXELS
-    points = np.concatenate([_plane(axis, at, bounds, extent * ROOM, step) for axis, at, bounds in sections])
-    inside = np.asarray(winding(mesh, points) > 0.5)
-    return cue_of_points(points, inside, step, doubtful=doubtful, seed=seed)
-
-
-def _plane(axis: int, at: float, bounds: np.ndarray, room: float, step: float) -> np.ndarray:
-    axes = [np.array([at]) if a == axis else np.arange(bounds[0, a] - room, bounds[1, a] + room, step)
-            for a in range(3)]  # fmt: skip
-    return np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
+# Points ---------------------------------------------------------------------------------------------------
 
 
 def cue_of_points(

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from genmed.errors import GenMedError
+
 
 def write_bytes(path: str | Path, content: bytes) -> Path:
     """Write a file so that no reader, and no kill, ever sees half of it. Makes missing parent folders."""
@@ -18,6 +20,15 @@ def write_bytes(path: str | Path, content: bytes) -> Path:
     finally:
         part.unlink(missing_ok=True)
     return path
+
+
+def require_room(option: str, path: Path) -> None:
+    """Raise `GenMedError` where no file can be put: what exists of its folder must be one, and writable."""
+    above = path.absolute().parent
+    while not os.path.lexists(above):
+        above = above.parent
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise GenMedError(f"{option} {path}: {above} is no folder that may be written to; choose another.")
 
 
 def write_json(path: str | Path, content: Any) -> Path:

@@ -52,8 +52,8 @@ def first_poses(cue: Cue, size: int, count: int, seed: int = 0) -> Float[Tensor,
     """Poses that a cue allows, by its own bounding box alone; the first takes the box as that of the whole structure.
 
     Others are larger, most of them slightly (a fifth at most, or 2.2 times where an axis was not seen: a section across
-    a long structure), and moved within the room that this leaves. Beyond a face behind which nothing was seen they may
-    reach as far again. Matter in excess makes the box of a doubtful cue too
+    a long structure), and moved within the room that this leaves. Where all axes were seen, they may go on beyond a
+    face behind which nothing was seen, by `OPEN` times the box. Matter in excess makes the box of a doubtful cue too
     large, so that they may be smaller by a quarter there.
     """
     low, high = cue.box_mm
@@ -96,8 +96,9 @@ class Posed:
     """The residual of a cue as `genmed.guide.guided` takes it: poses are fitted at an estimate, then frozen.
 
     Keeps the pose of every sample between calls, so that each starts where the last one ended. The residual holds
-    d̂ − clip(d̂, lower, upper) in voxels at every point over `sigma`, and, where the model has an opinion about such
-    sizes, the disagreement of the field `size` with the pose.
+    d̂ − clip(d̂, lower, upper) at every point over `sigma`, in voxels of the mean first pose, and, where the model has an
+    opinion about such sizes, the disagreement of the field `size` with the pose. What the pose will follow is projected
+    out of it (variable projection, Golub and Pereyra 1973). While `fixed`, poses are not fitted, nothing is projected.
     """
 
     def __init__(self, model: ShapeModel, cue: Cue, poses: Float[Tensor, "b 4"], fixed: bool = False) -> None:
@@ -139,7 +140,7 @@ class Posed:
         return residual
 
     def of_volume(self, volume: Float[Tensor, "b 1 n n n"]) -> Callable[[Tensor], Float[Tensor, "b n"]]:
-        """The residual as a function of distances instead of codes, the pose as it is."""
+        """What is missed as a function of distances instead of codes, in voxels of each cube, the pose as it is."""
         weight = self._weights(self.misses(volume))
         q, low, high = self._placed(self.pose)
         return lambda volume: -weight * _missed(sample(volume, q, self.model.plan.size), low, high)

@@ -11,7 +11,7 @@ distance of two samples is about 2 A / (π n), not 0. State n beside the figures
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from scipy.spatial import cKDTree
 
 from genmed.errors import GenMedError
@@ -135,17 +135,6 @@ def one_nna(
     own = np.concatenate([(_distances(within) + alone).min(axis=1) for within in (generated, reference)])
     other = np.concatenate([between.min(axis=1), between.min(axis=0)])
     return float(np.mean(own < other) + np.mean(own == other) / 2)
-
-
-def nearest_training(
-    generated: Sequence[Points], training: Sequence[Points]
-) -> tuple[Float[np.ndarray, " generated"], Int[np.ndarray, " generated"]]:
-    """Chamfer distance of every generated shape to its nearest training shape, and the number of that shape.
-
-    To be read beside the same distances of held-out shapes: generated shapes that are much nearer are copies.
-    """
-    distances = pairwise_chamfer(generated, training)
-    return distances.min(axis=1), distances.argmin(axis=1)
 
 
 def _zero_level(signed_distance: Float[np.ndarray, "x y z"]) -> tuple[np.ndarray, np.ndarray]:

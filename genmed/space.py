@@ -133,11 +133,6 @@ class Space:
                 _keep_better(score, number, best, winner[start : start + SLAB])
         return self.unorient(winner)
 
-    def scanner(self) -> Matrices:
-        """Per axis (n_oriented_input, n_model): what the input's voxels average of the model grid."""
-        x, y, z = (overlap_matrix(m, n) for m, n in zip(self.model.shape, self.oriented, strict=True))
-        return x, y, z
-
     def _view(self, array: np.ndarray) -> np.ndarray:
         """Oriented and cropped view of the last three axes."""
         if tuple(array.shape[-3:]) != self.input.shape:

@@ -357,7 +357,8 @@ class _Log:
             file.write(json.dumps({"step": step, "minutes": round(minutes, 2), **scores}) + "\n")
         self.latest = " ".join(f"{name} {value:.3f}" for name, value in scores.items())
         if not sys.stderr.isatty():  # a log file shows no bar
-            print(f"step {step}, {minutes:.1f} min: loss {self.smooth['loss']:.3f} {self.latest}", flush=True)
+            loss = f"loss {self.smooth['loss']:.3f} " if self.smooth else ""  # none where no step was left
+            print(f"step {step}, {minutes:.1f} min: {loss}{self.latest}", flush=True)
         self.writer.flush()
 
     def picture(self, picture: Float[Tensor, "1 h w"], step: int) -> None:

@@ -47,7 +47,7 @@ from genmed.errors import GenMedError
 from genmed.guide import Diverged
 from genmed.metrics import bootstrap_interval
 from genmed.shape import Shape
-from genmed.shape_metrics import nearest_training
+from genmed.shape_metrics import pairwise_chamfer
 from genmed.shape_model import load_shapes
 from genmed.train_shapes import train_shapes
 
@@ -471,7 +471,7 @@ def test_the_quick_search_finds_the_same_distance_as_the_plain_one() -> None:
     clouds = [rng.normal(size=(50, 3)) * scale for scale in (1.0, 0.2, 1.3, 0.9, 1.1, 4.0)]
     for points in (rng.normal(size=(50, 3)), 0.3 * rng.normal(size=(50, 3))):
         trees = [(each, cKDTree(each)) for each in clouds]
-        assert nearest_of(points, trees) == pytest.approx(nearest_training([points], clouds)[0][0], rel=1e-12)
+        assert nearest_of(points, trees) == pytest.approx(pairwise_chamfer([points], clouds).min(), rel=1e-12)
 
 
 def test_trees_of_training_shapes_are_built_once(data: ShapeDataset, monkeypatch: pytest.MonkeyPatch) -> None:

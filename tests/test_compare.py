@@ -316,6 +316,7 @@ def test_bad_files_are_refused_and_nothing_is_written(tmp_path: Path, make: Any,
 def test_wrong_names_and_numbers_are_refused(tmp_path: Path) -> None:
     good = label_file(tmp_path / "good.nii.gz", voxel_ball())
     failed_in_one_line(genmed("view", good, "--out", tmp_path / "page.stl"), "name it page.html")
+    failed_in_one_line(genmed("view", good, "--out", good / "page.html"), "--out", "no folder that may be written to")
     failed_in_one_line(genmed("view", *[good] * 13, "--out", tmp_path / "page.html"), "13 files", "several pages")
     with pytest.raises(GenMedError, match="empty"):
         read_shape(label_file(tmp_path / "none.nii.gz", np.zeros((2, 2, 2), np.uint8)))

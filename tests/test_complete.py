@@ -19,9 +19,11 @@ from genmed.cli import app
 from genmed.comparison import OBSERVED, REDUNDANT, UNOBSERVED
 from genmed.cue import cue_of_labels, planes_of
 from genmed.errors import GenMedError
+from genmed.guide import Diverged
 from genmed.mesh import Mesh, read_mesh, save_mesh
-from genmed.shape_model import ShapeModel, load_shapes
-from genmed.tasks.shapes import cue_of_sections, parse_planes
+from genmed.shape_model import ShapeModel, ShapePlan, build_shapes_model, load_shapes
+from genmed.tasks import shapes
+from genmed.tasks.shapes import complete_file, cue_of_sections, generate_files, parse_planes
 from genmed.text import embed
 from genmed.volume import Volume
 
@@ -314,6 +316,39 @@ def test_the_input_is_never_overwritten(part: Path, folder: Path, tmp_path: Path
         failed_in_one_line(result, out.name, "would overwrite the input")
     assert all(path.read_bytes() == content for path, content in before.items())
     assert not list(tmp_path.glob("*.json"))
+
+
+@pytest.fixture
+def blank() -> ShapeModel:
+    """Untrained, for what ends before it is asked."""
+    return build_shapes_model(ShapePlan("blank", {"kidney": ()}, 16, 8, 4, 2, 8, 1, 0.0, 1.0))
+
+
+@pytest.mark.parametrize("place", ["out", "page"])
+def test_a_place_where_nothing_can_be_written_is_told_before_any_work(
+    place: str, part: Path, blank: ShapeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shapes, "complete", None)
+    (tmp_path / "file").touch()
+    places = {"out": tmp_path / "out.stl", "page": tmp_path / "page.html"}
+    places[place] = tmp_path / "file" / "deep" / places[place].name
+    with pytest.raises(GenMedError, match=f"--{place} .*file is no folder that may be written to"):
+        complete_file(blank, part, **places)
+    with pytest.raises(GenMedError, match="file is no folder"):
+        generate_files(blank, tmp_path / "file" / "deep", 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "part.nii.gz"]
+
+
+def test_a_completion_that_diverges_is_told_in_one_line(
+    part: Path, blank: ShapeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverging(*given: object, **asked: object) -> None:
+        raise Diverged("left the range of the data")
+
+    monkeypatch.setattr(shapes, "complete", diverging)
+    with pytest.raises(GenMedError, match=r"part\.nii\.gz: the completion diverged .*--seed"):
+        complete_file(blank, part, tmp_path / "out.nii.gz", planes=TRIPLE)
+    assert [path.name for path in tmp_path.iterdir()] == ["part.nii.gz"]
 
 
 def test_bad_parts_give_one_line(folder: Path, tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from genmed.shape_metrics import (
     chamfer,
     cov,
     mmd,
-    nearest_training,
     one_nna,
     pairwise_chamfer,
     sample_surface,
@@ -270,8 +269,6 @@ def test_a_replay_of_the_reference_covers_all_and_is_seen() -> None:
     between = pairwise_chamfer(replay, reference)
     assert (mmd(between), cov(between)) == (0.0, 1.0)
     assert accuracy(replay, reference) == 0.0
-    distance, number = nearest_training(replay, reference)
-    assert distance.tolist() == [0.0] * 12 and number.tolist() == list(range(12))[::-1]
 
 
 def test_a_single_shape_over_and_over_covers_one() -> None:
@@ -279,19 +276,11 @@ def test_a_single_shape_over_and_over_covers_one() -> None:
     assert cov(pairwise_chamfer([reference[3]] * 10, reference)) == 0.1
 
 
-def test_the_nearest_training_shape_is_the_nearest() -> None:
-    training, generated = ellipsoids(8, 0), ellipsoids(3, 1)
-    distance, number = nearest_training(generated, training)
-    for shape, d, k in zip(generated, distance, number, strict=True):
-        all_distances = [chamfer(shape, other) for other in training]
-        assert d == pytest.approx(min(all_distances)) and k == int(np.argmin(all_distances))
-
-
 def test_sets_without_a_score_are_refused() -> None:
     with pytest.raises(GenMedError, match="without shapes"):
         pairwise_chamfer([], ellipsoids(1, 0))
     with pytest.raises(GenMedError, match="without shapes"):
-        nearest_training(ellipsoids(1, 0), [])
+        pairwise_chamfer(ellipsoids(1, 0), [])
     for bad in (np.zeros((0, 3)), np.zeros(3), np.full((2, 2), np.nan)):
         for score in (mmd, cov):
             with pytest.raises(GenMedError, match="matrix without NaN"):

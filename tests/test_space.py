@@ -377,16 +377,6 @@ def test_finer_resampling_agrees_with_scipy_up_to_the_edge() -> None:
     assert np.allclose(space.to_model(data[None])[0], theirs, atol=1e-5)
 
 
-@quick
-@given(affine=affines(), shape=shapes, spacing=spacings)
-def test_the_scanner_averages_the_model_grid_over_every_input_voxel(
-    affine: np.ndarray, shape: tuple[int, int, int], spacing: tuple[float, ...]
-) -> None:
-    space = Space.fit(Grid(shape, affine), spacing)
-    for matrix, n_input, n_model in zip(space.scanner(), space.oriented, space.model.shape, strict=True):
-        assert np.array_equal(matrix, overlap_matrix(n_model, n_input))
-
-
 def test_arrays_on_the_wrong_grid_are_refused() -> None:
     space = Space.fit(Grid((3, 4, 5), np.eye(4)), (1, 1, 1))
     with pytest.raises(ValueError, match="input grid"):

@@ -93,6 +93,14 @@ def test_a_resumed_training_equals_an_uninterrupted_one(
     assert_same_state(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_a_finished_training_that_is_resumed_stays_as_it_is(dataset: Path, tmp_path: Path) -> None:
+    """No step is left, so there is no loss to print where stderr is no terminal."""
+    out = train(dataset, tmp_path / "model", preset="small", steps=3)
+    before = (out / "weights.safetensors").read_bytes()
+    train(dataset, out, preset="small", steps=3, resume=True)
+    assert (out / "weights.safetensors").read_bytes() == before
+
+
 def test_a_killed_training_resumes_to_the_same_weights(dataset: Path, tmp_path: Path) -> None:
     train(dataset, tmp_path / "whole", preset="small")
     out = tmp_path / "killed"

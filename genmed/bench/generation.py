@@ -66,9 +66,9 @@ class Row(NamedTuple):
     """One generated set. Chamfer distances × 100, shares in per cent; NaN where there is none.
 
     `nearest` is the mean distance to the nearest training shape of the same category and side, mirror images of the
-    other side included, which ours is trained on, too. `rank` is Spearman's
-    correlation of the volumes that captions state with those generated, `rank_within` that of their ratios to the
-    means of the categories. `empty` draws enclosed nothing.
+    other side included, which ours is trained on, too. `rank` is Spearman's correlation of the volumes that captions
+    state with those generated, `rank_within` that of their ratios to the means of the categories. `empty` draws
+    enclosed nothing.
     """
 
     method: str

@@ -12,7 +12,8 @@ SMALLEST_WEIGHT = 1e-4
 class Mixture(nn.Module):
     """Σ_m w_m N(μ_m, Σ_m), Σ = U diag(v) Uᵀ + f I for the first `wide` channels, variances for the others.
 
-    Everything is a buffer, nothing is trained: `fit` sets it from groups of samples.
+    Covariances are those of probabilistic principal components (Tipping and Bishop 1999). Everything is a buffer,
+    nothing is trained: `fit` sets it from groups of samples.
     """
 
     log_weight: Tensor

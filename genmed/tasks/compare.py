@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 
 from genmed.comparison import COLOURS, MAX_COLUMNS, OBSERVED, PLAIN, REDUNDANT, UNOBSERVED, Column, comparison_page
 from genmed.errors import GenMedError
-from genmed.files import write_bytes
+from genmed.files import require_room, write_bytes
 from genmed.mesh import MESH_SUFFIXES, Mesh, merged, read_mesh, require_libraries, winding
 from genmed.mesh import surface as zero_level
 from genmed.metrics import dice
@@ -117,9 +117,10 @@ def _apart(points: Float[np.ndarray, "n 3"], mesh: Mesh) -> Float[np.ndarray, " 
 
 
 def require_page(option: str, path: Path) -> None:
-    """Raise `GenMedError` unless a file is named like a web page."""
+    """Raise `GenMedError` unless a file is named like a web page and can be written."""
     if path.suffix.lower() not in (".html", ".htm"):
         raise GenMedError(f"{option} {path}: the result is a web page; name it {path.with_suffix('.html').name}.")
+    require_room(option, path)
 
 
 def _column(title: str, shape: Surfaces, truth: Surfaces | None, names: Sequence[str]) -> Column:

@@ -40,9 +40,9 @@ Progress = Callable[[float], None]
 
 @dataclass(frozen=True, eq=False)
 class Completion:
-    """What `complete` found: `shapes` of all kept samples, best first, in world mm.
+    """What `complete` found: `shapes` of all kept samples, of least energy first, in world mm.
 
-    `residual` is the root mean square of what the best sample misses of the cue, in mm. `volume_ml` is an interval
+    `residual` is the root mean square of what the first sample misses of the cue, in mm. `volume_ml` is an interval
     over samples if there are at least two.
     """
 
@@ -88,12 +88,13 @@ def complete(
     miss of it is added as a Gaussian process.
 
     Args:
-        text: sentence embedding of a caption (`genmed.text.embed`), or None.
+        text: sentence embedding of a caption (`genmed.text.embed`). None: samples need not be of the same structure.
         samples: how many are drawn; those of least energy come first.
         progress: called with the finished share.
 
     Raises:
         GenMedError: for fewer samples than 1.
+        Diverged: where trajectories leave the range of the data even with small steps.
     """
     started = time.monotonic()
     if samples < 1:
@@ -204,10 +205,10 @@ def generate(
 
 
 def energy(z0: Float[Tensor, "b c 1 1 1"], posed: Posed) -> Float[Tensor, " b"]:
-    """By how much a trajectory misses the cue, and how unusual its shape and size are.
+    """By how much a trajectory misses the cue (`Posed.cost`), and how unusual its shape and size are, words aside.
 
-    Minus twice the logarithm of the posterior under the mixture that the denoiser starts from, blurred by `BLUR`. Where
-    the cue leaves much open, all trajectories meet it, and the second part decides.
+    Minus twice the logarithm of the posterior, up to a constant, under the whole mixture that the denoiser starts from,
+    blurred by `BLUR`. Where the cue leaves much open, all trajectories meet it, and the second part decides.
     """
     hidden = torch.zeros(z0.shape[:2])
     hidden[:, posed.model.fields.slice("text")] = 1

@@ -13,9 +13,10 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from genmed.comparison import slice_corners
-from genmed.cue import AXES, MESH_VOXELS, ROOM, Cue, cue_of_labels, cue_of_points, planes_of
+from genmed.cue import AXES, ROOM, Cue, cue_of_labels, cue_of_points, planes_of
 from genmed.errors import GenMedError
-from genmed.files import sha256_of, write_bytes, write_json
+from genmed.files import require_room, sha256_of, write_bytes, write_json
+from genmed.guide import Diverged
 from genmed.mesh import MESH_SUFFIXES, Mesh, merged, read_mesh, repair, require_libraries, save_mesh, signed_distance
 from genmed.shape import cube
 from genmed.shape_model import ShapeModel
@@ -27,6 +28,7 @@ from genmed.volume import Volume, read, read_labels, require_same_grid
 NIFTI = (".nii.gz", ".nii")
 OUT_SUFFIXES = (*NIFTI, ".stl", ".ply", ".glb")
 MOST = 1000  # shapes that one command generates
+ACROSS = 80  # points across a section of a mesh
 
 
 def complete_file(
@@ -37,7 +39,7 @@ def complete_file(
     planes: str | None = None,
     observed: str | Path | None = None,
     text: str | None = None,
-    samples: int = 4,
+    samples: int = 12,
     seed: int = 0,
     page: str | Path | None = None,
     command: str = "",
@@ -58,12 +60,13 @@ def complete_file(
             raise GenMedError(f"--out {out}: would overwrite the input; choose another.")
     if samples < 1 or seed < 0:
         raise GenMedError(f"--samples {samples} --seed {seed}: samples must be 1 or more, the seed 0 or more.")
-    warning, embedding = words(model, text)
-    wanted = parse_planes(planes)
+    require_room("--out", out)
     if page is not None:
         page = Path(page).expanduser()
         require_page("--page", page)
         require_libraries()
+    warning, embedding = words(model, text)
+    wanted = parse_planes(planes)
     label, seen, surface = None, None, None
     repairs: tuple[str, ...] = ()
     if part.suffix.lower() in MESH_SUFFIXES:
@@ -74,6 +77,8 @@ def complete_file(
         found = complete(model, cue, text=embedding, samples=samples, seed=seed, progress=progress)
     except GenMedError as error:
         raise GenMedError(f"{part}: {error}") from error
+    except Diverged as error:
+        raise GenMedError(f"{part}: the completion diverged ({error}); show more of it, or another --seed.") from error
     facts = {
         "command": command,
         "genmed": version("genmed"),
@@ -117,6 +122,7 @@ def generate_files(
         raise GenMedError(f"--out {out}: is a file; give a folder.")
     if not 1 <= count <= MOST or seed < 0:
         raise GenMedError(f"-n {count} --seed {seed}: give 1 to {MOST} shapes and a seed of 0 or more.")
+    require_room("--out", out / "generated.json")
     warning, embedding = words(model, text)
     rows: list[dict[str, Any]] = []
     before = _generated(out)
@@ -197,11 +203,11 @@ def _mesh_cue(
 
 
 def cue_of_sections(mesh: Mesh, planes_mm: Mapping[str, Sequence[float]], *, seed: int = 0) -> tuple[Cue, Mesh]:
-    """`genmed.cue.cue_of_mesh` of which nothing outside the planes is looked at; and ribbons along the sections.
+    """The cue of a surface that was cut by planes at world positions in mm, and ribbons along the sections.
 
-    Inside is, within each plane, where the generalised winding number (Jacobson et al., SIGGRAPH 2013) of the section's
-    outline exceeds one half either way round, so that gaps and surfaces that look inward do no harm. Raises
-    `GenMedError` where no plane meets the surface.
+    Nothing outside the planes is looked at. Inside is, within each plane, where the generalised winding number
+    (Jacobson et al., SIGGRAPH 2013) of the outline exceeds one half either way round, so that gaps and surfaces that
+    look inward do no harm. Raises `GenMedError` where no plane meets the surface.
     """
     mesh = merged(mesh)
     cuts = [(AXES[name], at, section(mesh, AXES[name], at)) for name, places in planes_mm.items() for at in places]
@@ -209,7 +215,7 @@ def cue_of_sections(mesh: Mesh, planes_mm: Mapping[str, Sequence[float]], *, see
     if not cuts:
         raise GenMedError("the cue is empty: no plane meets the surface; give positions in mm between its ends.")
     extent = max(float(np.ptp(lines, axis=(0, 1)).max()) for _, _, lines in cuts)
-    step, room = extent / MESH_VOXELS, extent * ROOM
+    step, room = extent / ACROSS, extent * ROOM
     points, inside = [], []
     for axis, at, lines in cuts:
         low, high = lines.min(axis=(0, 1)), lines.max(axis=(0, 1))
