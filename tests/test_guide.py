@@ -8,7 +8,7 @@ from mixture import FIELDS, SIZE, draw, evaluate, start, together, toy
 from torch import Tensor
 
 from genmed import match
-from genmed.bench.mixture import SCENES, chosen
+from genmed.bench.mixture import LIMITS, SCENES, chosen
 from genmed.fields import Field, Fields
 from genmed.guide import Diverged, consistent, guided, misfit, retry
 from genmed.observe import Identity, Mask, Observation, downsample, planes
@@ -31,9 +31,6 @@ def pair_denoiser(z: Tensor, sigma: float) -> Tensor:
 
 def image_observed(seed: int = 1, sigma_y: float = 0.1) -> Observation:
     return Observation("image", random(1, 1, *SHAPE, seed=seed), Identity(), sigma_y)
-
-
-LIMITS = {"first field": 0.15, "quarter": 0.6, "4× averages": 0.6}  # of the error of the mean, in standard deviations
 
 
 # The exact answer -----------------------------------------------------------------------------------------
@@ -158,7 +155,7 @@ def test_batch_of_two_equals_two_single_runs(method: str, appearance: match.Matc
     torch.testing.assert_close(both, torch.cat(alone), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("appearance", [match.none, match.poly(), match.labels(), match.lncc(1)])
+@pytest.mark.parametrize("appearance", [match.none, match.poly(), match.labels(), match.lncc(1), match.huber(0.1)])
 def test_hidden_values_change_no_byte_of_the_result(appearance: match.Match) -> None:
     y, operator = random(1, 1, *SHAPE, seed=1), planes(SHAPE, x=[1, 4], z=[0])
     results = []
