@@ -378,6 +378,14 @@ def _row(name: str, folder: Path, origin: str) -> Row:
     return Row(name, origin, names, card.licence, CODE_LICENCE, size, card.scores.get("dice"))
 
 
+def weights_sha256(files: Mapping[str, bytes]) -> str:
+    """What names the weights in the files of a folder: the hash of their only file, or of all shards in a row."""
+    digest = hashlib.sha256()
+    for name in sorted(filter(_is_weights, files)):
+        digest.update(files[name])
+    return digest.hexdigest()
+
+
 def info(name_or_dir: str | Path) -> dict[str, Any]:
     """What a model folder says of itself, ready for JSON: folder, size, weights hash, card and plan."""
     folder = find(name_or_dir)
@@ -386,7 +394,7 @@ def info(name_or_dir: str | Path) -> dict[str, Any]:
     return {
         "folder": str(folder),
         "megabytes": round(sum(len(content) for content in files.values()) / 1e6, 2),
-        "weights_sha256": hashlib.sha256(files[min(filter(_is_weights, files))]).hexdigest(),
+        "weights_sha256": weights_sha256(files),
         "code_licence": CODE_LICENCE,
         "card": asdict(card),
         "plan": json.loads(files[PLAN] if is_shapes(files) else _plan(files, str(folder)).to_json()),

@@ -12,7 +12,6 @@ Gaussian for every category and side, and one of all shapes.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -112,7 +111,7 @@ class ShapeModel:
     autoencoder: LinearAutoencoder
     projection: nn.Linear  # sentence embedding -> text channels
     folder: Path | None = None
-    sha256: str = ""  # of the first file of weights
+    sha256: str = ""  # of all weights
 
     @property
     def fields(self) -> Fields:
@@ -238,8 +237,8 @@ def parse_shapes(files: Mapping[str, bytes], where: str, folder: Path | None) ->
     model = build_shapes_model(plan)
     _fill(model.modules, files, where)
     model.modules.eval().requires_grad_(False)
-    first = hashlib.sha256(files[min(name for name in files if name.endswith(".safetensors"))]).hexdigest()
-    return ShapeModel(plan, model.denoiser, model.autoencoder, model.projection, folder, first)
+    sha256 = hub.weights_sha256(files)
+    return ShapeModel(plan, model.denoiser, model.autoencoder, model.projection, folder, sha256)
 
 
 def _fill(modules: nn.Module, files: Mapping[str, bytes], where: str) -> None:

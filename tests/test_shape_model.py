@@ -156,6 +156,9 @@ def test_large_weights_are_kept_in_shards(tmp_path: Path, monkeypatch: pytest.Mo
     torch.testing.assert_close(back.projection.weight, model.projection.weight, atol=1e-3, rtol=1e-3)
     copy = hub.push_dir(folder, tmp_path / "elsewhere")
     assert load_shapes(copy).sha256 == back.sha256
+    files = hub.read_folder(folder)
+    other = hub.weights_sha256({**files, shards[-1]: files[shards[-1]] + b"x"})
+    assert hub.weights_sha256(files) == back.sha256 != other  # the last shard counts, too
     (folder / shards[1]).write_bytes(b"altered")
     with pytest.raises(GenMedError, match=rf"{shards[1]}: corrupt or altered"):
         load_shapes(folder)
