@@ -160,7 +160,7 @@ class Conditioned:
         z = euler(denoise, start, schedule(plan.sigma_max, plan.sigma_min, STEPS)).flatten(1)
         pose = z[:, -POSE:] * self.network.pose_deviation + self.network.pose_mean
         poses = in_world(pose, cue, plan.size)
-        volume = self.model.autoencoder.decode(z[:, :-POSE], plan.size)
+        volume = self.model.decode(z[:, :-POSE])
         if gp:
             posed = Posed(self.model, with_sides(cue, seed), poses)
             order = missed_by(posed, volume, poses).argsort()[:samples]
