@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 
 import numpy as np
@@ -77,7 +78,7 @@ def suppositions(model: ShapeModel, cue: Cue, text: Float[Tensor, " d"] | None, 
     weight[-1] -= STRANGE
     rough, tried = thinned(cue, TRIAL_POINTS, seed), []
     for number in worth:
-        gaussian = component(model, number, TRIAL_RANK)
+        gaussian = _rough(model, number)
         starts = torch.cat([first_poses(cue, model.plan.size, BOX_POSES, seed), placed(gaussian, cue, seed)])
         fit = gauss_newton(gaussian, rough, starts, torch.zeros(len(starts), gaussian.plan.modes), TRIAL_STEPS)
         tried.append((float(fit.evidence.min() - 2 * weight[number]), number, fit))
@@ -110,6 +111,12 @@ def component(model: ShapeModel, number: int, rank: int | None = None) -> ShapeM
         "gaussian", {"any": ()}, model.plan.size, whole.side, axes.shape[1], 1, 8, 1, usual, deviation
     )  # fmt: skip
     return dataclasses.replace(build_shapes_model(plan), autoencoder=autoencoder)
+
+
+@lru_cache(maxsize=64)
+def _rough(model: ShapeModel, number: int) -> ShapeModel:
+    """A component for trials, kept for the next cue."""
+    return component(model, number, TRIAL_RANK)
 
 
 def spread(model: ShapeModel, number: int) -> Float[Tensor, "c r"]:
