@@ -20,7 +20,7 @@ from torch import Tensor
 
 from genmed.cue import Cue, thinned
 from genmed.nets.autoencoder import LinearAutoencoder
-from genmed.pose import FARTHEST, SIGMA, SIZE_SIGMA, WORTH, first_poses, sample
+from genmed.pose import FARTHEST, SIGMA, SIZE_SIGMA, WORTH, first_poses, sample, sample_slope
 from genmed.shape import MARGIN, TRUNCATION
 from genmed.shape_model import ShapeModel, ShapePlan, build_shapes_model
 
@@ -187,12 +187,7 @@ class Objective:
         model, k = self.model, 0 if posing else codes.shape[1]
         volume = model.autoencoder.decode(codes)
         missed, q, clamped = self.missed(volume, poses)
-        step = torch.eye(3)
-        ahead, behind = (
-            torch.stack([sample(volume, q + sign * step[a], model.plan.size) for a in range(3)], dim=2)
-            for sign in (1, -1)
-        )
-        d, slope = sample(volume, q, model.plan.size), (ahead - behind) / 2
+        d, slope = sample(volume, q, model.plan.size), sample_slope(volume, q, model.plan.size)
         scale = poses[:, 3:].exp() / self.unit_mm
         by_size = (d - clamped - (slope * q).sum(2)) * scale
         trusted = (1 + (missed / self.own) ** 2).reciprocal() if self.cue.doubtful else torch.ones_like(missed)
