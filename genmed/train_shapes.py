@@ -439,7 +439,7 @@ def _card(model: ShapeModel, data: ShapeDataset, count: int, minutes: float) -> 
         minutes=round(minutes, 1),
         hardware=torch.cuda.get_device_name() if torch.cuda.is_available()
         else f"{torch.get_num_threads()} threads of {platform.machine()}",
-        command="genmed train (reconstruction by the autoencoder alone)",
+        command="genmed train (reconstruction: encoded, decoded and sharpened)",
         scores=scores,
         text=f"# {plan.name}\n\nJoint model of shape, size and text: {', '.join(plan.categories)}.",
     )  # fmt: skip
