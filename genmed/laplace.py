@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from genmed.cue import Cue, thinned
 from genmed.nets.autoencoder import LinearAutoencoder
-from genmed.pose import FARTHEST, SIGMA, SIZE_SIGMA, WORTH, first_poses, sample
+from genmed.pose import FARTHEST, SIGMA, SIZE_SIGMA, WORTH, first_poses, sample, sample_slope
 from genmed.shape import MARGIN, TRUNCATION
 from genmed.shape_model import ShapeModel, ShapePlan, build_shapes_model
 
@@ -77,7 +78,7 @@ def suppositions(model: ShapeModel, cue: Cue, text: Float[Tensor, " d"] | None, 
     weight[-1] -= STRANGE
     rough, tried = thinned(cue, TRIAL_POINTS, seed), []
     for number in worth:
-        gaussian = component(model, number, TRIAL_RANK)
+        gaussian = _rough(model, number)
         starts = torch.cat([first_poses(cue, model.plan.size, BOX_POSES, seed), placed(gaussian, cue, seed)])
         fit = gauss_newton(gaussian, rough, starts, torch.zeros(len(starts), gaussian.plan.modes), TRIAL_STEPS)
         tried.append((float(fit.evidence.min() - 2 * weight[number]), number, fit))
@@ -110,6 +111,12 @@ def component(model: ShapeModel, number: int, rank: int | None = None) -> ShapeM
         "gaussian", {"any": ()}, model.plan.size, whole.side, axes.shape[1], 1, 8, 1, usual, deviation
     )  # fmt: skip
     return dataclasses.replace(build_shapes_model(plan), autoencoder=autoencoder)
+
+
+@lru_cache(maxsize=64)
+def _rough(model: ShapeModel, number: int) -> ShapeModel:
+    """A component for trials, kept for the next cue."""
+    return component(model, number, TRIAL_RANK)
 
 
 def spread(model: ShapeModel, number: int) -> Float[Tensor, "c r"]:
@@ -180,12 +187,7 @@ class Objective:
         model, k = self.model, 0 if posing else codes.shape[1]
         volume = model.autoencoder.decode(codes)
         missed, q, clamped = self.missed(volume, poses)
-        step = torch.eye(3)
-        ahead, behind = (
-            torch.stack([sample(volume, q + sign * step[a], model.plan.size) for a in range(3)], dim=2)
-            for sign in (1, -1)
-        )
-        d, slope = sample(volume, q, model.plan.size), (ahead - behind) / 2
+        d, slope = sample(volume, q, model.plan.size), sample_slope(volume, q, model.plan.size)
         scale = poses[:, 3:].exp() / self.unit_mm
         by_size = (d - clamped - (slope * q).sum(2)) * scale
         trusted = (1 + (missed / self.own) ** 2).reciprocal() if self.cue.doubtful else torch.ones_like(missed)

@@ -48,6 +48,29 @@ def sample(volume: Float[Tensor, "b 1 n n n"], q: Float[Tensor, "b m 3"], size: 
     return values
 
 
+def sample_slope(
+    volume: Float[Tensor, "b 1 n n n"], q: Float[Tensor, "b m 3"], size: int
+) -> Float[Tensor, "b m 3"]:
+    """Derivatives of `sample` by q."""
+    n = volume.shape[-1]
+    index = q * (n / size) + (n - 1) / 2
+    held = index.clamp(0, n - 1)
+    beyond = index - held
+    low = held.floor().clamp(max=n - 2)
+    part, low = held - low, low.long()
+    x, y, z = low.unbind(dim=2)
+    base, flat = (x * n + y) * n + z, volume.flatten(1)
+    corners = [flat.gather(1, base + ((i * n + j) * n + k)) for i, j, k in product((0, 1), repeat=3)]
+    cell = torch.stack(corners, dim=-1).unflatten(2, (2, 2, 2))  # (b, m, x, y, z)
+    slopes = []
+    for axis in range(3):
+        weights = [torch.stack([1 - t, t], dim=-1) for t in part.unbind(dim=2)]
+        weights[axis] = weights[axis].new_tensor([-1.0, 1.0]).expand_as(weights[axis])
+        slopes.append(torch.einsum("bmxyz,bmx,bmy,bmz->bm", cell, *weights))
+    within = torch.stack(slopes, dim=2) * (n / size) * (beyond == 0)
+    return within + beyond / beyond.norm(dim=2, keepdim=True).clamp(min=1e-9)
+
+
 def first_poses(cue: Cue, size: int, count: int, seed: int = 0) -> Float[Tensor, "count 4"]:
     """Poses that a cue allows, by its own bounding box alone; the first takes the box as that of the whole structure.
 

@@ -7,11 +7,13 @@
 a whitened projection of the sentence embedding. All lie along the channels of (b, c, 1, 1, 1). Size and text have unit
 variance. Codes keep the spectrum of shapes, so that noise hides details before it hides what the shape is; their
 deviations are the denoiser's `sigma_data`, that of the first is `FIRST`. The denoiser starts from a mixture of one
-Gaussian for every category and side, and one of all shapes.
+Gaussian for every category and side, and one of all shapes. `decode` turns codes into distances, at the end of a
+trajectory: the autoencoder's, sharpened by the `refiner`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -29,6 +31,7 @@ from genmed.fields import Field, Fields
 from genmed.nets.autoencoder import LinearAutoencoder, from_bytes, to_bytes
 from genmed.nets.mixture import Mixture
 from genmed.nets.mlp import MLP
+from genmed.nets.refiner import Refiner
 
 EMBEDDING = 384  # numbers of a sentence embedding
 SHARD_BYTES = 11_500_000
@@ -56,6 +59,7 @@ class ShapePlan:
     size_deviation: float
     components: int = 1      # of the mixture of Gaussians that the denoiser starts from
     rank: int = 1            # of their covariances
+    refiner: int = 4         # width of the network that sharpens decoded shapes
     batch: int = 128
     steps: int = 20_000
     learning_rate: float = 1e-3
@@ -68,11 +72,16 @@ class ShapePlan:
     format_version: int = 1
 
     def __post_init__(self) -> None:
-        counts = ("size", "side", "modes", "text_channels", "width", "blocks", "components", "rank", "batch", "steps")
+        counts = (
+            "size", "side", "modes", "text_channels", "width", "blocks", "components", "rank", "refiner", "batch",
+            "steps",
+        )  # fmt: skip
         for key in counts:
             value = getattr(self, key)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise GenMedError(f"plan key '{key}' must be a positive integer, but is {value!r}.")
+        if self.refiner % 4:
+            raise GenMedError(f"plan key 'refiner' must be a multiple of 4, but is {self.refiner}.")
         for key in ("size_mean", "size_deviation", "learning_rate", "sigma_min", "sigma_max"):
             value = getattr(self, key)
             if not isinstance(value, int | float) or not math.isfinite(value):
@@ -110,6 +119,7 @@ class ShapeModel:
     denoiser: Denoiser
     autoencoder: LinearAutoencoder
     projection: nn.Linear  # sentence embedding -> text channels
+    refiner: Refiner
     folder: Path | None = None
     sha256: str = ""  # of all weights
 
@@ -128,6 +138,13 @@ class ShapeModel:
         """Values of the field `text` in the middle of every Gaussian's captions; the last is that of all shapes."""
         return self.mixture.mean[:, -self.plan.text_channels :]
 
+    def decode(
+        self, codes: Float[Tensor, "b k"], words: Float[Tensor, "b d"] | None = None
+    ) -> Float[Tensor, "b 1 n n n"]:
+        """Sharp distances in the whole cube from the field `shape`, and from `text` where it is known (NaN: not)."""
+        words = torch.zeros(len(codes), self.plan.text_channels) if words is None else words.nan_to_num(0.0)
+        return self.refiner(self.autoencoder.decode(codes), words, self.plan.size)
+
     def size_of(self, log_voxel_mm: Tensor) -> Tensor:
         """Values of the field `size`."""
         return (log_voxel_mm - self.plan.size_mean) / self.plan.size_deviation
@@ -144,8 +161,11 @@ class ShapeModel:
     def modules(self) -> nn.ModuleDict:
         """All that is stored."""
         return nn.ModuleDict(
-            {"denoiser": self.denoiser, "autoencoder": self.autoencoder, "projection": self.projection}
-        )
+            {
+                "denoiser": self.denoiser, "autoencoder": self.autoencoder, "projection": self.projection,
+                "refiner": self.refiner,
+            }
+        )  # fmt: skip
 
 
 def shape_fields(modes: int, text_channels: int) -> Fields:
@@ -168,7 +188,8 @@ def build_shapes_model(plan: ShapePlan) -> ShapeModel:
     prior = Mixture(plan.components, plan.rank, plan.modes, 1 + plan.text_channels)
     autoencoder = LinearAutoencoder(plan.side, plan.modes)
     denoiser = Denoiser(joint, net, plan.sigma_max, torch.ones(joint.channels), prior)
-    return ShapeModel(plan, denoiser, autoencoder, nn.Linear(EMBEDDING, plan.text_channels))
+    projection, refiner = nn.Linear(EMBEDDING, plan.text_channels), Refiner(plan.refiner, plan.text_channels)
+    return ShapeModel(plan, denoiser, autoencoder, projection, refiner)
 
 
 # Folders --------------------------------------------------------------------------------------------------
@@ -238,7 +259,7 @@ def parse_shapes(files: Mapping[str, bytes], where: str, folder: Path | None) ->
     _fill(model.modules, files, where)
     model.modules.eval().requires_grad_(False)
     sha256 = hub.weights_sha256(files)
-    return ShapeModel(plan, model.denoiser, model.autoencoder, model.projection, folder, sha256)
+    return dataclasses.replace(model, folder=folder, sha256=sha256)
 
 
 def _fill(modules: nn.Module, files: Mapping[str, bytes], where: str) -> None:

@@ -6,6 +6,7 @@ A step is a function of its number, as in `genmed.train`, whose loop this uses.
 from __future__ import annotations
 
 import dataclasses
+import math
 import platform
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ from genmed.hub import Card
 from genmed.loss import LOG_SIGMA
 from genmed.nets.autoencoder import LinearAutoencoder, lower, principal_components
 from genmed.nets.mixture import Mixture
+from genmed.nets.refiner import Refiner
 from genmed.shape import decode
 from genmed.shape_model import FIRST, ShapeModel, ShapePlan, build_shapes_model, save_shapes
 from genmed.train import fit, wall_minutes
@@ -37,19 +39,29 @@ MIXED = 0.2         # probability that two shapes of a category are mixed
 BEND = 0.6          # of the largest deformation that does not fold
 TURN = 0.15         # radians, about every axis
 STEPS = 20_000
-RANK = 80           # of the covariance of a category
+RANK = 72           # of the covariance of a category
 ANYTHING = 0.02     # weight of the Gaussian of all shapes
 SIZE_FLOOR, TEXT_FLOOR = 0.02, 0.05  # added to variances, for shapes and words that training did not see
-SIDE, MODES, TEXT_CHANNELS, WIDTH, BLOCKS = 32, 400, 64, 512, 5
+SIDE, MODES, TEXT_CHANNELS, WIDTH, BLOCKS, REFINER = 32, 440, 64, 320, 4, 16
+WHOLE = 4           # shapes a step that the refiner learns from
+WHOLE_SIGMA = (0.02, 2.0)  # noise in their codes, which the mixture takes away as well as it can
+NEAR = 4.0          # voxels from either surface in which their distances count
+SILENT = 0.3        # probability that the refiner is not told what a shape is
 OTHER_SIDE = {"left": "right", "right": "left"}
 
 
 class ShapeBatch(NamedTuple):
-    """What one training step sees. A size of NaN is not known; `seed` decides every random number."""
+    """What one training step sees. A size of NaN is not known; `seed` decides every random number.
+
+    `whole` are distances of some other shapes, with their codes and text.
+    """
 
     codes: Float[Tensor, "b k"]
     size: Float[Tensor, " b"]
     text: Float[Tensor, "b d"]
+    whole: Float[Tensor, "w 1 n n n"]
+    whole_codes: Float[Tensor, "w k"]
+    whole_text: Float[Tensor, "w d"]
     seed: int
 
 
@@ -63,6 +75,7 @@ class Bank:
     captions: tuple[tuple[int, ...], ...]  # rows of `text` by shape
     group: tuple[tuple[int, ...], ...]     # shapes of the same category and side, by shape
     weights: Float[Tensor, " n"]
+    whole: Callable[[int], Float[Tensor, "1 n n n"]]  # distances of a shape, all voxels of the cube
 
 
 # Data -----------------------------------------------------------------------------------------------------
@@ -178,7 +191,13 @@ def draw_batch(bank: Bank, size: int, step: int, seed: int, process: int = 0) ->
     rows = [_mixed(bank, i, generator) for i in chosen]
     captions = [bank.captions[i][_integer(len(bank.captions[i]), generator)] for i in chosen]
     codes, sizes = (torch.stack(part) for part in zip(*rows, strict=True))
-    return ShapeBatch(codes, sizes, bank.text[captions], seed)
+    whole = torch.multinomial(bank.weights, WHOLE, replacement=True, generator=generator).tolist()
+    named = [bank.captions[i][_integer(len(bank.captions[i]), generator)] for i in whole]
+    told = torch.rand(WHOLE, 1, generator=generator) >= SILENT
+    return ShapeBatch(
+        codes, sizes, bank.text[captions],
+        torch.stack([bank.whole(i) for i in whole]), bank.codes[whole, 0], bank.text[named] * told, seed,
+    )  # fmt: skip
 
 
 def _mixed(bank: Bank, i: int, generator: Generator) -> tuple[Tensor, Tensor]:
@@ -201,35 +220,65 @@ class ShapeLoss(nn.Module):
     *equal* levels; *independent* levels; *text* clean and shape and size noisy; *no text*: hidden, so that the model
     also knows shapes alone (classifier-free, arXiv 2207.12598); *retrieval*: shape clean and text noisy. A size that
     is not known is hidden and does not count. Squared errors, of shapes those of their distances, are relative to what
-    the best estimate would leave if fields were Gaussian.
+    the best estimate would leave if fields were Gaussian. The refiner learns beside it, from what the mixture of
+    Gaussians makes of noisy codes.
     """
 
-    def __init__(self, model: Denoiser) -> None:
+    def __init__(self, model: Denoiser, autoencoder: LinearAutoencoder, refiner: Refiner) -> None:
         super().__init__()
-        self.model = model
+        self.model = nn.ModuleDict({"denoiser": model, "refiner": refiner})
+        self.decode = autoencoder.decode
 
     def forward(self, batch: ShapeBatch) -> dict[str, Tensor]:
         generator = Generator().manual_seed(batch.seed)
-        fields = self.model.fields
+        losses = self.denoising(batch, generator) | {"whole": self.refining(batch, generator)}
+        return {"loss": sum(losses.values(), torch.zeros(())), **losses}  # type: ignore[dict-item]
+
+    def refining(self, batch: ShapeBatch, generator: Generator) -> Tensor:
+        """Cross-entropy of being inside, and absolute error, of distances near either surface."""
+        denoiser: Denoiser = self.model["denoiser"]  # type: ignore[assignment]
+        codes, fields = batch.whole_codes, denoiser.fields
+        low, high = (math.log(sigma) for sigma in WHOLE_SIGMA)
+        sigma = torch.exp(low + (high - low) * torch.rand(len(codes), 1, generator=generator)).to(codes)
+        hidden = torch.ones(len(codes), fields.channels).to(codes)
+        hidden[:, fields.slice("shape")] = 0
+        z = codes + sigma * torch.randn(codes.shape, generator=generator).to(codes)
+        with torch.no_grad():
+            assert denoiser.prior is not None
+            z = F.pad(z, (0, fields.channels - codes.shape[1]))
+            estimate = denoiser.prior(z, sigma.expand(-1, fields.channels), hidden)
+            blurred = self.decode(estimate[:, fields.slice("shape")])
+        truth = batch.whole
+        found = self.model["refiner"](blurred, batch.whole_text, truth.shape[-1]).float()
+        near = ((truth.abs() < NEAR) | (found.detach().abs() < NEAR)).float()
+        inside = (0.5 - truth).clamp(0, 1)
+        wrong = F.binary_cross_entropy_with_logits(-2 * found, inside, reduction="none")
+        apart = (found.clamp(-NEAR, NEAR) - truth.clamp(-NEAR, NEAR)).abs()
+        return ((wrong + 0.1 * apart) * near).sum() / near.sum()
+
+    def denoising(self, batch: ShapeBatch, generator: Generator) -> dict[str, Tensor]:
+        """Losses by field."""
+        model: Denoiser = self.model["denoiser"]  # type: ignore[assignment]
+        fields = model.fields
         unknown = batch.size.isnan()
-        sigma = draw_sigma(len(batch.codes), self.model.sigma_max, generator).to(batch.codes)
-        sigma[unknown, fields.index("size")] = self.model.sigma_max
+        sigma = draw_sigma(len(batch.codes), model.sigma_max, generator).to(batch.codes)
+        sigma[unknown, fields.index("size")] = model.sigma_max
         size = batch.size.nan_to_num(0.0)[:, None]
         z0 = torch.cat([batch.codes, size, batch.text], dim=1)[..., None, None, None]
         noise = torch.randn(z0.shape, generator=generator).to(z0)
         spread = fields.spread(sigma)[..., None, None, None]
         with torch.autocast(z0.device.type, enabled=False):  # a small network: nothing is gained by coarse numbers
-            outputs = self.model.outputs(z0 + spread * noise, sigma)
+            outputs = model.outputs(z0 + spread * noise, sigma)
         truth = fields.split(z0)
         losses = {}
         for name, weight in (("shape", 1.0), ("size", 0.2), ("text", 0.2)):
             level = sigma[:, fields.index(name), None].clamp(min=1e-3)
-            scale = self.model.sigma_data[fields.slice(name)].flatten()
+            scale = model.sigma_data[fields.slice(name)].flatten()
             counts = (sigma[:, fields.index(name)] > 0) & ~(unknown & (name == "size"))
             error = ((outputs[name] - truth[name]).flatten(1) ** 2).mean(1)
             of_gaussian = (level**2 * scale**2 / (level**2 + scale**2)).mean(1)
             losses[name] = weight * (error / of_gaussian * counts).mean()
-        return {"loss": sum(losses.values(), torch.zeros(())), **losses}  # type: ignore[dict-item]
+        return losses
 
 
 def draw_sigma(count: int, sigma_max: float, generator: Generator) -> Float[Tensor, "b 3"]:
@@ -266,6 +315,7 @@ def train_shapes(
     modes: int = MODES,
     width: int = WIDTH,
     blocks: int = BLOCKS,
+    refiner: int = REFINER,
     batch: int = 128,
     clock: Callable[[], float] = wall_minutes,
 ) -> Path:
@@ -279,9 +329,10 @@ def train_shapes(
     if len(numbers) < 2:
         raise GenMedError(f"{folder}: has {len(numbers)} shapes in its training part; at least 2 are needed.")
     torch.manual_seed(seed)
-    model, bank = prepare(data, out, steps=steps, seed=seed, modes=modes, width=width, blocks=blocks, batch=batch)
+    sizes = {"modes": modes, "width": width, "blocks": blocks, "refiner": refiner, "batch": batch}
+    model, bank = prepare(data, out, steps=steps, seed=seed, **sizes)
     average, minutes = fit(
-        ShapeLoss(model.denoiser),
+        ShapeLoss(model.denoiser, model.autoencoder, model.refiner),
         lambda step, process: draw_batch(bank, model.plan.batch, step, seed, process),
         out,
         steps=steps,
@@ -290,13 +341,15 @@ def train_shapes(
         resume=resume,
         clock=clock,
     )
-    trained = dataclasses.replace(model, denoiser=average.cpu())  # type: ignore[arg-type]
+    networks: nn.ModuleDict = average.cpu()  # type: ignore[assignment]
+    trained = dataclasses.replace(model, denoiser=networks["denoiser"], refiner=networks["refiner"])  # type: ignore[arg-type]
     save_shapes(trained, out, _card(trained, data, len(numbers), minutes))
     return out
 
 
 def prepare(
-    data: ShapeDataset, out: Path, *, steps: int, seed: int, modes: int, width: int, blocks: int, batch: int
+    data: ShapeDataset, out: Path, *,
+    steps: int, seed: int, modes: int, width: int, blocks: int, refiner: int, batch: int,
 ) -> tuple[ShapeModel, Bank]:
     """The untrained model with its autoencoder and text projection, and the bank of training shapes."""
     rows, x, weights = training_shapes(data, min(SIDE, data.size))
@@ -325,13 +378,22 @@ def prepare(
     rank = min(RANK, len(autoencoder.modes))
     plan = ShapePlan(
         out.name, categories, data.size, autoencoder.side, len(autoencoder.modes), TEXT_CHANNELS, width, blocks,
-        mean, deviation, len(groups) + 1, rank, batch, steps, licence="; ".join(sorted({row.licence for row in rows})),
+        mean, deviation, len(groups) + 1, rank, refiner, batch, steps,
+        licence="; ".join(sorted({row.licence for row in rows})),
         source=", ".join(sorted({row.source for row in rows})), seed=seed,
     )  # fmt: skip
     model = dataclasses.replace(build_shapes_model(plan), autoencoder=autoencoder, projection=projection)
     model.denoiser.sigma_data[model.fields.slice("shape")] = spectrum[:, None, None, None]
     group = tuple(tuple(groups[row.category, row.side]) for row in rows)
-    bank = Bank(codes, model.size_of(log_mm), projection(embeddings), captions, group, weights)
+    numbers = data.part("train")
+    mirrored = [k for k, row in enumerate(rows[: len(numbers)]) if row.side in OTHER_SIDE]  # as in `training_shapes`
+
+    def whole(i: int) -> Tensor:
+        if i < len(numbers):
+            return torch.from_numpy(data.sdf(numbers[i]))[None]
+        return torch.from_numpy(data.sdf(numbers[mirrored[i - len(numbers)]]))[None].flip(1)
+
+    bank = Bank(codes, model.size_of(log_mm), projection(embeddings), captions, group, weights, whole)
     fit_mixture(model.denoiser.prior, bank)  # type: ignore[arg-type]
     return model, bank
 
@@ -360,7 +422,7 @@ def reconstruction(model: ShapeModel, data: ShapeDataset, numbers: Sequence[int]
     scores: dict[str, list[float]] = {}
     for i in numbers:
         x = torch.from_numpy(data.sdf(i))[None, None]
-        found = model.autoencoder.decode(model.autoencoder.encode(x), data.size) < 0
+        found = model.decode(model.autoencoder.encode(x)) < 0
         dice = 2 * float((found & (x < 0)).sum()) / float(found.sum() + (x < 0).sum())
         scores.setdefault(data.rows[i].category, []).append(dice)
     return {category: float(np.mean(values)) for category, values in scores.items()}
@@ -377,7 +439,7 @@ def _card(model: ShapeModel, data: ShapeDataset, count: int, minutes: float) -> 
         minutes=round(minutes, 1),
         hardware=torch.cuda.get_device_name() if torch.cuda.is_available()
         else f"{torch.get_num_threads()} threads of {platform.machine()}",
-        command="genmed train (reconstruction by the autoencoder alone)",
+        command="genmed train (reconstruction: encoded, decoded and sharpened)",
         scores=scores,
         text=f"# {plan.name}\n\nJoint model of shape, size and text: {', '.join(plan.categories)}.",
     )  # fmt: skip

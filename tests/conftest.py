@@ -18,5 +18,5 @@ def tiny_shapes_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     root = tmp_path_factory.mktemp("model")
     return train_shapes(
-        write_shapes(root / "set"), root / "tiny", steps=400, modes=24, width=96, blocks=2, batch=48
+        write_shapes(root / "set"), root / "tiny", steps=400, modes=24, width=96, blocks=2, refiner=4, batch=48
     )

@@ -79,7 +79,7 @@ def data(folder: Path) -> ShapeDataset:
 @pytest.fixture(scope="module")
 def model(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("model") / "tiny"
-    return train_shapes(folder, out, steps=160, modes=12, width=64, blocks=2, batch=48)
+    return train_shapes(folder, out, steps=160, modes=12, width=64, blocks=2, refiner=4, batch=48)
 
 
 # Which shapes ---------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from genmed.cue import Cue, cue_of_labels
 from genmed.guide import guided
-from genmed.pose import SIGMA, SIZE_SIGMA, Posed, first_poses, sample
+from genmed.pose import SIGMA, SIZE_SIGMA, Posed, first_poses, sample, sample_slope
 from genmed.samplers import euler, schedule
 from genmed.shape_model import ShapeModel, ShapePlan, build_shapes_model
 
@@ -54,6 +54,15 @@ def test_sampling_is_exact_for_linear_distances_and_grows_outside() -> None:
     torch.testing.assert_close(sample(volume, q, 8), q @ torch.tensor([2.0, -1.0, 0.5]) + 1, atol=1e-4, rtol=0)
     outside = sample(torch.full((1, 1, 8, 8, 8), 4.0), torch.tensor([[[10.5, 0.0, 0.0]]]), 16)
     assert outside.item() == pytest.approx(4 + 10.5 - 7)  # the last voxel of 8 ends at 7 of 16
+
+
+def test_slopes_of_samples_are_their_derivatives() -> None:
+    generator = torch.Generator().manual_seed(0)
+    volume = torch.randn(2, 1, 8, 8, 8, generator=generator, dtype=torch.float64)
+    q = (14 * torch.rand(2, 40, 3, generator=generator, dtype=torch.float64) - 7) * 1.6  # some lie outside
+    q.requires_grad_()
+    (exact,) = torch.autograd.grad(sample(volume, q, 16).sum(), q)
+    torch.testing.assert_close(sample_slope(volume, q, 16), exact)
 
 
 def test_sampling_has_the_derivatives_of_a_linear_map() -> None:

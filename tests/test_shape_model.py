@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from test_cli import failed_in_one_line
 from tiny_shapes import write_shapes
 from typer.testing import CliRunner
@@ -14,10 +15,12 @@ from genmed import hub, shape_model
 from genmed.cli import app
 from genmed.data.shapes import read_shapes
 from genmed.errors import GenMedError
+from genmed.nets.refiner import Refiner
 from genmed.shape_model import ShapeModel, ShapePlan, build_shapes_model, load_shapes, save_shapes
 from genmed.train_shapes import (
     MIXTURE,
     STEPS,
+    WHOLE,
     ShapeBatch,
     ShapeLoss,
     category_weights,
@@ -31,7 +34,7 @@ from genmed.train_shapes import (
     whitening,
 )
 
-SMALL = {"modes": 24, "width": 64, "blocks": 2, "batch": 32}
+SMALL = {"modes": 24, "width": 64, "blocks": 2, "refiner": 4, "batch": 32}
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +85,7 @@ def test_the_bank_holds_standardised_numbers_and_hides_unknown_sizes(data: Path,
     assert float(known.mean()) == pytest.approx(0, abs=1e-3) and float(known.std()) == pytest.approx(1, rel=0.01)
     assert model.plan.categories == dict.fromkeys(("femur", "kidney", "spleen"), ("left", "right"))
     assert min(reconstruction(model, shapes, shapes.part("tune")).values()) > 0.85
-    loss = ShapeLoss(model.denoiser)(draw_batch(bank, 16, 0, 0))
+    loss = ShapeLoss(model.denoiser, model.autoencoder, model.refiner)(draw_batch(bank, 16, 0, 0))
     assert all(torch.isfinite(value) for value in loss.values())
 
 
@@ -97,10 +100,56 @@ def test_mirror_images_are_shapes_of_the_other_side(data: Path) -> None:
     assert all("right" in row.captions[0] for row in rows[count:])
 
 
+def test_whole_shapes_are_those_whose_codes_go_with_them(data: Path, tmp_path: Path) -> None:
+    shapes = read_shapes(data)
+    model, bank = prepare(shapes, tmp_path, steps=1, seed=0, **SMALL)
+    rows, x, _ = training_shapes(shapes, 16)
+    for i in range(len(rows)):  # mirror images, too
+        torch.testing.assert_close(bank.whole(i), x[i])
+    batch = draw_batch(bank, 8, 0, 0)
+    torch.testing.assert_close(model.autoencoder.encode(batch.whole), batch.whole_codes, atol=1e-3, rtol=1e-3)
+    assert batch.whole.shape == (WHOLE, 1, 16, 16, 16)
+
+
+def test_a_refiner_starts_as_linear_interpolation_and_keeps_its_unit() -> None:
+    refiner, x = Refiner(4, 3), torch.randn(2, 1, 8, 8, 8)
+    linear = F.interpolate(x, size=(16,) * 3, mode="trilinear", align_corners=False)
+    torch.testing.assert_close(refiner(x, torch.zeros(2, 3), 16), linear)
+    assert refiner(x, torch.zeros(2, 3), 24).shape == (2, 1, 24, 24, 24)
+
+
+def test_a_refiner_puts_every_part_of_a_voxel_where_it_belongs() -> None:
+    refiner = Refiner(4, 1)
+    torch.nn.init.zeros_(refiner.net.head.weight)
+    with torch.no_grad():
+        refiner.net.head.bias.copy_(torch.arange(8.0))
+    fine = refiner(torch.zeros(1, 1, 8, 8, 8), torch.zeros(1, 1), 16)[0, 0]
+    index = torch.stack(torch.meshgrid(*[torch.arange(16)] * 3, indexing="ij"))
+    torch.testing.assert_close(fine, (4 * (index[0] % 2) + 2 * (index[1] % 2) + index[2] % 2).float())
+
+
+def test_a_trained_refiner_sharpens(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It learns what a grid of half the fineness leaves out."""
+    monkeypatch.setattr("genmed.train_shapes.SIDE", 8)
+    monkeypatch.setattr("genmed.train_shapes.WHOLE_SIGMA", (0.01, 0.02))
+    shapes = read_shapes(data)
+    model, bank = prepare(shapes, tmp_path, steps=1, seed=0, **SMALL)
+    numbers = shapes.part("tune")
+    before = reconstruction(model, shapes, numbers)["femur"]
+    loss = ShapeLoss(model.denoiser, model.autoencoder, model.refiner)
+    optimiser = torch.optim.Adam(model.refiner.parameters(), 3e-3)
+    for step in range(100):
+        loss(draw_batch(bank, 1, step, 0))["whole"].backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    assert reconstruction(model, shapes, numbers)["femur"] > before + 0.02
+
+
 def test_a_batch_is_a_function_of_its_step(data: Path, tmp_path: Path) -> None:
     _, bank = prepare(read_shapes(data), tmp_path, steps=1, seed=0, **SMALL)
     first, again, other = draw_batch(bank, 8, 3, 0), draw_batch(bank, 8, 3, 0), draw_batch(bank, 8, 4, 0)
     assert torch.equal(first.codes, again.codes) and torch.equal(first.text, again.text)
+    assert torch.equal(first.whole, again.whole) and torch.equal(first.whole_text, again.whole_text)
     assert not torch.equal(first.codes, other.codes)
 
 

@@ -281,7 +281,7 @@ def test_a_trained_peer_completes_and_is_not_trained_again(
     truth = data.shape(data.part("tune")[0])
     cue = draw_cue(truth, "box missing", 0)
     found = trained.complete(cue, 2)
-    untrained = Network(ours.plan.modes, ours.plan.width, ours.plan.blocks).eval()
+    untrained = Network(torch.ones(ours.plan.modes), ours.plan.width, ours.plan.blocks).eval()
     blank = Conditioned(ours, untrained, 1.0, 0.0, 0, "")
     assert overlap(found, truth) > max(0.5, overlap(blank.complete(cue, 2), truth))
     assert overlap(trained.complete(cue, 2, gp=True), truth) > overlap(found, truth)
@@ -450,9 +450,17 @@ def test_a_picture_shows_sides_and_what_was_not_seen(data: ShapeDataset) -> None
     assert abs(int(whole[8, 8, 8])) <= 64 and whole[8, 8, 8] < 0
 
 
+def test_an_untrained_peer_is_the_wiener_filter_of_every_code() -> None:
+    deviations = torch.tensor([10.0, 1.0, 0.1])
+    network, z, sigma = Network(deviations, 32, 1), torch.randn(2, 7), torch.tensor([0.5, 3.0])
+    blank = network.encoded(torch.full((2, 16, 16, 16), UNSEEN), torch.zeros(2, 2), torch.zeros(2))
+    square = torch.cat([deviations, torch.ones(4)]) ** 2
+    torch.testing.assert_close(network(z, sigma, blank), square / (square + sigma[:, None] ** 2) * z)
+
+
 def test_the_cue_is_dropped_as_often_as_said(data: ShapeDataset, ours: ShapeModel, tmp_path: Path) -> None:
     cues = drawn_cues(data, ours, tmp_path / "cues.safetensors", 24)
-    network = Network(ours.plan.modes, 32, 1)
+    network = Network(torch.ones(ours.plan.modes), 32, 1)
     seen: list[torch.Tensor] = []
     network.encoded = lambda picture, facts, shown: seen.append(shown) or torch.zeros(len(shown), 259)  # type: ignore
     for step in range(20):

@@ -318,7 +318,7 @@ def reconstructions(
     found: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for i in numbers:
         truth, row = data.sdf(i), data.rows[i]
-        made = model.autoencoder.decode(model.autoencoder.encode(torch.from_numpy(truth)[None, None]), data.size)
+        made = model.decode(model.autoencoder.encode(torch.from_numpy(truth)[None, None]))
         volume = made[0, 0].numpy()
         whole = surface(truth, np.eye(4))
         middle = np.full((1, 3), (len(truth) - 1) / 2)  # where nothing is left

@@ -64,14 +64,19 @@ class CueBatch(NamedTuple):
 
 
 class Network(nn.Module):
-    """D(z, σ | cue) of codes and pose, with EDM's preconditioning (arXiv 2206.00364) and our multilayer perceptron."""
+    """D(z, σ | cue) of codes and pose, with EDM's preconditioning (arXiv 2206.00364) and our multilayer perceptron.
 
+    `deviations` are those of the codes: each is scaled by its own, as in our denoiser. Poses are standardised.
+    """
+
+    scale: Tensor
     pose_mean: Tensor
     pose_deviation: Tensor
 
-    def __init__(self, modes: int, width: int, blocks: int) -> None:
+    def __init__(self, deviations: Float[Tensor, " k"], width: int, blocks: int) -> None:
         super().__init__()
-        channels = modes + POSE
+        channels = len(deviations) + POSE
+        self.register_buffer("scale", torch.cat([deviations, torch.ones(POSE)]))
         self.encoder = nn.Sequential(
             nn.Conv3d(2, 16, 3, 2, 1), nn.SiLU(), nn.Conv3d(16, 32, 3, 2, 1), nn.SiLU(),
             nn.Conv3d(32, 64, 3, 2, 1), nn.SiLU(), nn.Flatten(), nn.Linear(64 * (SIDE // 8) ** 3, ENCODED), nn.SiLU(),
@@ -96,13 +101,18 @@ class Network(nn.Module):
     ) -> Float[Tensor, "b c"]:
         """Estimate of clean codes and standardised pose."""
         level = sigma[:, None]
-        scaled = z * (level**2 + 1).rsqrt()
-        raw = self.net(torch.cat([scaled, encoded], dim=1)[..., None, None, None], level.log() / 4).flatten(1)
-        return z / (level**2 + 1) + level * (level**2 + 1).rsqrt() * raw
+        total = level**2 + self.scale**2
+        seen = torch.cat([z * total.rsqrt(), encoded], dim=1)
+        raw = self.net(seen[..., None, None, None], level.log() / 4).flatten(1)
+        return self.scale**2 / total * z + level * self.scale * total.rsqrt() * raw
 
 
 class ConditionedLoss(nn.Module):
-    """Denoising loss of codes and pose given a cue, that is dropped from a share of the batch."""
+    """Denoising loss of codes and pose given a cue, that is dropped from a share of the batch.
+
+    Squared errors, of codes those of their distances, are relative to what the best estimate would leave if codes and
+    pose were Gaussian, as in ours.
+    """
 
     def __init__(self, model: Network, sigma_max: float) -> None:
         super().__init__()
@@ -120,8 +130,10 @@ class ConditionedLoss(nn.Module):
         sigma = sigma.to(z0)
         with torch.autocast(z0.device.type, enabled=False):
             found = self.model(z, sigma, self.model.encoded(batch.picture, batch.facts, shown))
-        error = (found - z0) ** 2 * ((1 + sigma**2) / sigma**2)[:, None]
-        shape, place = error[:, :-POSE].mean(), error[:, -POSE:].mean()
+        error, left = (found - z0) ** 2, (sigma[:, None] ** -2 + self.model.scale**-2) ** -1
+        shape, place = (
+            (error[:, part].mean(1) / left[:, part].mean(1)).mean() for part in (slice(-POSE), slice(-POSE, None))
+        )
         return {"loss": shape + 0.2 * place, "shape": shape, "pose": place}
 
 
@@ -160,7 +172,7 @@ class Conditioned:
         z = euler(denoise, start, schedule(plan.sigma_max, plan.sigma_min, STEPS)).flatten(1)
         pose = z[:, -POSE:] * self.network.pose_deviation + self.network.pose_mean
         poses = in_world(pose, cue, plan.size)
-        volume = self.model.autoencoder.decode(z[:, :-POSE], plan.size)
+        volume = self.model.decode(z[:, :-POSE])
         if gp:
             posed = Posed(self.model, with_sides(cue, seed), poses)
             order = missed_by(posed, volume, poses).argsort()[:samples]
@@ -301,7 +313,8 @@ def conditioned(
     training = _training(folder, of)
     plan = model.plan
     torch.manual_seed(plan.seed)
-    network = Network(plan.modes, plan.width, plan.blocks)
+    deviations = model.denoiser.sigma_data[model.fields.slice("shape")].flatten()
+    network = Network(deviations, plan.width, plan.blocks)
     judging = 0.0
 
     def judged(average: nn.Module) -> dict[str, float]:
