@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shlex
 import sys
 import traceback
@@ -132,6 +133,7 @@ Uncertainty = Annotated[
 
 def main() -> None:
     """Entry point of the `genmed` command."""
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # threads that wait long at full speed are slow on a busy machine
     app(prog_name="genmed")
 
 

@@ -1,5 +1,6 @@
 import errno
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 from test_run import MODEL, FakeSegment, scan, write
 from typer.testing import CliRunner, Result
 
-from genmed import hub, volume
+from genmed import cli, hub, volume
 from genmed.cli import app
 from genmed.tasks import run
 
@@ -495,3 +496,14 @@ def test_ctrl_c_ends_a_real_process_with_130(tmp_path: Path) -> None:
         _, stderr = process.communicate(timeout=30)
     assert process.returncode == 130
     assert len(stderr.splitlines()) == 1 and "where the download stopped" in stderr
+
+
+@pytest.mark.parametrize("own", [None, "7"])
+def test_threads_do_not_wait_at_full_speed_unless_told_to(own: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GOMP_SPINCOUNT", own or "")  # so that the variable is put back
+    if own is None:
+        monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.setattr("sys.argv", ["genmed", "--version"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert os.environ["GOMP_SPINCOUNT"] == (own or "2000")
