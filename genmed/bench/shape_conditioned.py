@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float, Int8
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Generator, Tensor, nn
 
 from genmed.bench.cues import KINDS, draw_cue
@@ -27,7 +27,7 @@ from genmed.bench.shape_peers import missed_by
 from genmed.cue import Cue, with_sides
 from genmed.data.shapes import INDEX, ShapeDataset
 from genmed.errors import GenMedError
-from genmed.files import sha256_of, write_json
+from genmed.files import sha256_of, write_bytes, write_json
 from genmed.loss import LOG_SIGMA
 from genmed.nets.mlp import MLP
 from genmed.pose import Posed
@@ -262,10 +262,7 @@ def drawn_cues(data: ShapeDataset, model: ShapeModel, path: Path, count: int = C
         facts[k] = torch.tensor(facts_of(cue, model))
     tensors = {"codes": codes, "mirrored": mirrored, "pose": pose, "picture": picture, "facts": facts}
     tensors = {name: tensor[kept].contiguous() for name, tensor in tensors.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    save_file(tensors, part)
-    part.replace(path)
+    write_bytes(path, save(tensors))
     return tensors
 
 
@@ -358,9 +355,7 @@ def conditioned(
 
 def write_weights(network: nn.Module, path: Path) -> None:
     """The whole file, replaced at once."""
-    part = path.with_suffix(".part")
-    save_file({name: value.cpu().contiguous() for name, value in network.state_dict().items()}, part)
-    part.replace(path)
+    write_bytes(path, save({name: value.cpu().contiguous() for name, value in network.state_dict().items()}))
 
 
 def _finished(folder: Path, minutes: float) -> bool:

@@ -125,7 +125,7 @@ def solvers(lab: Lab, columns: Sequence[str]) -> dict[str, Solver]:
 
 def key_of(name: str, lab: Lab, *settings: Any) -> str:
     """What decides a row besides the shape and the kind of its cue."""
-    drawn = [cues.EDGE, cues.BLOB, cues.NOISE, cues.SMOOTH, cues.POINTS]
+    drawn = [cues.EDGE, cues.BLOB, cues.NOISE, cues.SMOOTH, cues.POINTS, cues.ROOM, cues.CUT]
     parts = json.dumps([VERSION, name, lab.index, drawn, *settings], sort_keys=True)
     return hashlib.sha256(parts.encode()).hexdigest()[:16]
 
