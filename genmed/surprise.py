@@ -7,6 +7,7 @@ is familiar. No other modality is needed to set the threshold: it comes from cle
 """
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -81,13 +82,23 @@ def typical(rows: Iterable[Float[Tensor, "1 n"]]) -> tuple[float, ...]:
     return tuple(round(number, 4) for number in numbers.tolist())
 
 
-def surprise(features: Float[Tensor, "b n"], typical: Sequence[float], structures: int) -> Float[Tensor, " b"]:
-    """Standard deviations by which a pair is off clean cases, in what is most off.
+class Surprise(NamedTuple):
+    """How far pairs are off clean cases, in standard deviations over these.
 
-    Errors count above the mean, the volumes of the `structures` either way, the histogram by the root mean square of
-    its quantiles, times `HISTOGRAM`.
+    `most`: in what is most off, the histogram's root mean square times `HISTOGRAM` included, which is the `contrast`.
+    `layout`: root of the sum of squares of the errors above the mean and of the volumes. It is what explanations of one
+    scan are compared by: a scan whose histogram was mapped to the usual one has the usual contrast, right or wrong.
     """
+
+    most: Float[Tensor, " b"]
+    layout: Float[Tensor, " b"]
+    contrast: Float[Tensor, " b"]
+
+
+def surprise(features: Float[Tensor, "b n"], typical: Sequence[float], structures: int) -> Surprise:
+    """What is off in pairs with so many structures; errors count above the mean, their volumes either way."""
     mean, deviation = torch.tensor(typical).reshape(2, -1)
     errors, volumes, quantiles = ((features - mean) / deviation).split([2, structures, len(mean) - 2 - structures], 1)
-    contrast = HISTOGRAM * quantiles.square().mean(dim=1, keepdim=True).sqrt()
-    return torch.cat([errors, volumes.abs(), contrast], dim=1).amax(dim=1)
+    contrast = HISTOGRAM * quantiles.square().mean(dim=1).sqrt()
+    off = torch.cat([errors.clamp(min=0), volumes.abs()], dim=1)
+    return Surprise(torch.maximum(off.amax(dim=1), contrast), off.norm(dim=1), contrast)

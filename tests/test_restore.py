@@ -26,6 +26,7 @@ from genmed.degrade import coarser, inverted, keep_slices
 from genmed.errors import GenMedError
 from genmed.hub import Model
 from genmed.space import Space
+from genmed.surprise import Surprise
 from genmed.tasks import restore as task
 from genmed.tasks import run
 from genmed.tasks.restore import Restoration, line, restore, save_synthetic, translate
@@ -100,7 +101,8 @@ def test_surprise_is_computed_only_where_it_decides(
 ) -> None:
     calls: list[Tensor] = []
     monkeypatch.setattr("genmed.tasks.segment.features", lambda *given: calls.append(given[2]) or torch.zeros(1, 3))
-    monkeypatch.setattr("genmed.tasks.segment.surprise", lambda *given: torch.zeros(1))  # nothing surprises
+    unsurprising = Surprise(*torch.zeros(3, 1))
+    monkeypatch.setattr("genmed.tasks.segment.surprise", lambda *given: unsurprising)
     known = replace(model, plan=replace(PLAN, typical=(1.0,) * 26))
     found = restore(known, picture(), match=match, samples=3)
     assert len(calls) == measured and known.plan.typical == (1.0,) * 26

@@ -435,41 +435,47 @@ def test_a_model_without_measured_cases_cannot_equalise(model: Model) -> None:
 def test_a_widened_result_lies_on_the_grid_of_the_scan(measured: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     from genmed.tasks import segment as module
 
-    monkeypatch.setattr(module, "surprise_of", lambda model, view, image, soft: 0.0 if image.shape[2] == 16 else 99.0)
+    def surprise_of(model: Model, view: View, image: torch.Tensor, soft: torch.Tensor) -> tuple[float, float, float]:
+        return 0.0 if image.shape[2] == 16 else 99.0, 9.0, 0.0
+
+    monkeypatch.setattr(module, "surprise_of", surprise_of)
     found = segment(measured, scan(), samples=2)
     assert found.widened and found.surprise == 0 and found.labels.grid.shape == scan().grid.shape
     assert found.image is not None and found.image.grid.shape == View.of(PLAN, scan()).space.model.shape
     assert np.array_equal(found.labels.affine, scan().affine)
 
 
-def test_auto_stops_at_what_does_not_surprise_and_else_keeps_the_least_surprising(
-    model: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(
+    ("values", "tried", "kept", "doubtful"),
+    [  # (surprise, layout, contrast) of every attempt
+        ([(3.9, 5, 0)], 1, "none", False),
+        ([(9, 9, 1), (1.0, 9, 0)], 2, "rising", False),
+        ([(9, 9, 1), (9, 9, 0), (1.0, 9, 0)], 3, "falling", False),
+        ([(9, 9, 1), (3.5, 4, 0), (9, 9, 0), (1.5, 5, 1)], 4, "affine", False),
+        ([(9, 9, 1), (3.5, 4, 0), (9, 9, 0), (5, 6, 0), (6, 3, 6), (7, 8, 0)], 6, "curve", True),
+        ([(9, 9, 1), (8, 9, 0), (9, 9, 0), (7, 8, 0), (8, 9, 0), (5, 3, 3)], 6, "widened", True),
+        ([(9, 9, 5), (8, 9, 0), (9, 9, 0), (7, 8, 0), (8, 9, 0), (5, 3, 3)], 5, "affine", True),
+    ],
+)
+def test_auto_stops_at_what_convinces_and_else_keeps_the_best_layout(
+    model: Model, monkeypatch: pytest.MonkeyPatch, values: list[tuple[float, ...]], tried: int, kept: str,
+    doubtful: bool,
+) -> None:  # fmt: skip
     from genmed.tasks import segment as module
 
-    surprises: list[float] = []
-    tried: list[str] = []
+    matches: list[str] = []
 
     def attempt(_: Model, view: View, mode: str, match: str, **options: object) -> Found:
-        tried.append(match)
-        soft = torch.full((1, 3, *view.image.shape[2:]), 1 / 3)
-        return Found(soft, view.image, 0.0, surprises[len(tried) - 1], mode, match)
+        surprise, layout, contrast = values[len(matches)]
+        matches.append("widened" if view.widened else match)
+        image = view.inside(view.image)
+        return Found(torch.full((1, 3, *image.shape[2:]), 1 / 3), image, 0.0, surprise, layout, contrast, mode, match,
+                     view.widened)  # fmt: skip
 
     monkeypatch.setattr(module, "infer", attempt)
-    every = ["none", "rising", "falling", "affine", "curve", "none"]
-    for values, expected, kept, doubtful in (
-        ([0.5], ["none"], "none", False),
-        ([9.0, 1.0], ["none", "rising"], "rising", False),
-        ([9.0, 9.0, 1.0], ["none", "rising", "falling"], "falling", False),
-        ([9.0, 8.0, 9.0, 5.0, 8.0, 7.0], every, "affine", True),
-        ([9.0, 8.0, 9.0, 7.0, 8.0, 7.0], every, "none", True),  # hardly better: not believed
-        ([5.0, 8.0, 9.0, 7.0, 8.0, 7.0], every, "none", True),
-        ([4.5, 3.9], ["none", "rising"], "rising", False),
-    ):
-        surprises[:], tried[:] = values, []
-        result = segment(model, scan())
-        assert tried == expected
-        assert (result.match, result.doubtful) == (kept, doubtful)
+    result = segment(model, scan())
+    assert matches == ["none", "rising", "falling", "affine", "curve", "widened"][:tried]
+    assert ("widened" if result.widened else result.match, result.doubtful) == (kept, doubtful)
 
 
 @pytest.mark.parametrize("hidden", ["nothing", "slices", "a block"])

@@ -59,7 +59,7 @@ def test_quantiles_of_every_channel_stand_for_the_histogram() -> None:
 def test_a_changed_histogram_surprises_by_its_mean_deviation() -> None:
     clean = typical([torch.tensor([[0.0, 0, 0, value, 2 * value, 0]]) for value in (-1.0, 0.0, 1.0)])
     worse = torch.tensor([[0.0, 0, 0, 3.0, 0, 0], [0.0, 0, 0, 2.0, -4.0, 2 * 0.03]])
-    assert surprise(worse, clean, 1).tolist() == pytest.approx([4 / 3 * 3**0.5, 4 / 3 * 2], abs=1e-3)
+    assert surprise(worse, clean, 1).contrast.tolist() == pytest.approx([4 / 3 * 3**0.5, 4 / 3 * 2], abs=1e-3)
 
 
 def test_surprise_is_the_worst_of_the_features_in_standard_deviations() -> None:
@@ -68,12 +68,21 @@ def test_surprise_is_the_worst_of_the_features_in_standard_deviations() -> None:
     assert clean == pytest.approx((1.0, 12.0, 6.0, 1.0, root, 2 * root, root, 0.03), abs=1e-4)
     rows = [[1, 12, 6], [1 + 3 * root, 12, 6], [-9, 12 + 2 * root, 6], [-9, 0, 6 - 4 * root], [1, 12, 6 + 5 * root]]
     rows = [[*row, 1] for row in rows]
-    assert surprise(torch.tensor(rows), clean, 1).tolist() == pytest.approx([0, 3, 1, 4, 5], abs=1e-3)
+    found = surprise(torch.tensor(rows), clean, 1)
+    assert found.most.tolist() == pytest.approx([0, 3, 1, 4, 5], abs=1e-3)
+    assert found.layout.tolist() == pytest.approx([0, 3, 1, 4, 5], abs=1e-3)
+
+
+def test_the_layout_is_judged_by_all_that_is_off_in_it_whatever_the_contrast() -> None:
+    clean = (0.0,) * 5 + (1.0,) * 5
+    found = surprise(torch.tensor([[3.0, -9, 2, -6, 0], [3.0, -9, 2, -6, 30]]), clean, 2)
+    assert found.layout.tolist() == pytest.approx([7, 7])
+    assert found.most.tolist() == pytest.approx([6, 40])
 
 
 def test_a_structure_that_may_be_missing_does_not_surprise_when_it_is() -> None:
     clean = typical([torch.tensor([[0.0, 0.0, volume, 0.0]]) for volume in (0.0, 0.0, 8.0, 8.5)])
-    assert surprise(torch.zeros(1, 4), clean, 1).item() < 3
+    assert surprise(torch.zeros(1, 4), clean, 1).most.item() < 3
 
 
 def test_cases_that_are_all_alike_leave_some_deviation() -> None:

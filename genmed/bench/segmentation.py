@@ -50,7 +50,7 @@ from genmed.files import sha256_of, write_bytes
 from genmed.metrics import bootstrap_interval, dice, hd95, nsd
 from genmed.space import on_grid
 from genmed.surprise import LIMIT
-from genmed.tasks.segment import SAMPLES, STEPS, TRAVELS, segment
+from genmed.tasks.segment import CONVINCING, SAMPLES, STEPS, TRAVELS, segment
 from genmed.tasks.view import View
 from genmed.train import BEST, CHECKPOINT, Spent, fair_minutes, time_spent, train
 from genmed.volume import Grid, Volume, read, read_labels
@@ -288,7 +288,8 @@ def load_ours(folder: Path, mode: str) -> Trained:
         how = found.mode, found.match, found.residual, found.surprise, found.slice_thickness_mm
         return Prediction(found.probabilities, *how)
 
-    settings = {"mode": mode, "steps": STEPS, "travels": TRAVELS, "samples": SAMPLES, "limit": LIMIT}
+    limits = {"limit": LIMIT, "convincing": CONVINCING}
+    settings = {"mode": mode, "steps": STEPS, "travels": TRAVELS, "samples": SAMPLES, **limits}
     best = hub.read_card(folder / BEST).scores.get("tune dice", float("nan"))
     return Trained(
         folder, model.sha256, settings, dict(zip(plan.label_values, plan.labels, strict=True)),

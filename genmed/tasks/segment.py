@@ -42,7 +42,7 @@ MATCHES: dict[str, matches.Match] = {
     "rising": matches.none,  # the scan's histogram is brought to that of clean cases first, by a rising map
     "falling": matches.none,
 }
-BETTER = 2 / 3  # share of the surprise that another explanation may leave
+CONVINCING = LIMIT / 2  # surprise up to which another explanation than the first ends the search
 MONOTONE = ("rising", "falling")
 UNGUIDED = ("auto", "none", *MONOTONE)  # matches of the conditional mode, in which nothing is fitted
 RIGID = ("none", "affine", *MONOTONE)
@@ -122,12 +122,17 @@ class Attempt(NamedTuple):
 
 
 class Found(NamedTuple):
-    """One way to explain a scan: probabilities and image of every sample, and how well it went."""
+    """One way to explain a scan: probabilities and image of every sample, and how well it went.
+
+    `surprise`, `layout` and `contrast` are those of `genmed.surprise.Surprise`.
+    """
 
     soft: Float[Tensor, "s k x y z"]
     image: Float[Tensor, "s c x y z"]
     residual: float
     surprise: float | None
+    layout: float
+    contrast: float
     mode: str
     match: str
     widened: bool = False
@@ -156,8 +161,7 @@ def segment(
             about the working spacing, else restore-then-condition.
         match: how the observed appearance relates to the model's, one of `MATCHES`, or `auto`: none for a complete
             image (affine for coarse voxels, whose averaging takes contrast away) unless what is found surprises
-            the model; then others are tried, and for a scan smaller than the training patches unseen surroundings
-            (`attempts_at`), and the least surprising result is kept (`least_surprising`). `rising` and `falling`
+            the model; then others are tried (`explain`). `rising` and `falling`
             bring the histogram of the scan to that of clean cases, and leave a complete image complete; of all
             these, `conditional` takes those of `UNGUIDED`.
         samples: how many to draw and average; default 1 (conditional) or 4.
@@ -180,27 +184,38 @@ def segment(
     if view.has_thick_slices and slice_thickness_mm is None and attempts[0][0] != "conditional":
         thin = view.with_thin_slices()
         view = min(view, thin, key=lambda view: probe(model, view, attempts[0], seed))
-    found: list[Found] = []
-    for number, (way, other, widened) in enumerate(attempts):
-        share, seen = _share(progress, number, len(attempts)), view.with_margins() if widened else view
-        found.append(infer(model, seen, way, other, samples=samples, seed=seed, progress=share))
-        if found[-1].surprise is None or found[-1].surprise <= LIMIT:
-            break
-    best = least_surprising(found)
+    best = explain(model, view, attempts, samples=samples, seed=seed, progress=progress)
     if progress:
         progress(1.0)
     return _result(model.plan, scan, view, best, grid=grid, seed=seed, seconds=time.monotonic() - started)
 
 
-def least_surprising(found: Sequence[Found]) -> Found:
-    """The explanation to keep; another one than the first must be unsurprising, or a third less surprising.
+def explain(
+    model: Model,
+    view: View,
+    attempts: Sequence[Attempt],
+    *,
+    samples: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Found:
+    """The first explanation if it does not surprise, else the first other one that convinces, else that of best layout.
 
-    A scan can be unlike clean ones for a reason that no appearance model removes, such as a small field of view.
+    Unseen surroundings are not asked for where it is the contrast that surprises: most of what they show is the model's
+    own guess, which never does.
     """
-    first, best = found[0], min(found, key=lambda f: f.surprise or 0.0)
-    if first.surprise is None or best.surprise is None:
-        return found[-1]
-    return best if best.surprise <= max(LIMIT, BETTER * first.surprise) else first
+    best = first = None
+    for number, (way, match, widened) in enumerate(attempts):
+        if widened and first and first.contrast > LIMIT:
+            continue
+        share, seen = _share(progress, number, len(attempts)), view.with_margins() if widened else view
+        found = infer(model, seen, way, match, samples=samples, seed=seed, progress=share)
+        if found.surprise is None or found.surprise <= (CONVINCING if first else LIMIT):
+            return found
+        first = first or found
+        best = min(best or found, found, key=lambda f: f.layout)
+    assert best is not None, "at least one attempt"
+    return best
 
 
 def attempts_at(view: View, mode: str, match: str) -> list[Attempt]:
@@ -266,22 +281,23 @@ def infer(
         else:
             travels = 0 if match in RIGID else TRAVELS
             soft, image, residual = guided_pair(model, view, mode, MATCHES[match], seeds, progress, travels=travels)
-        surprising = surprise_of(model, view, image, soft)
-        return Found(view.inside(soft), view.inside(image), residual, surprising, mode, match, view.widened)
+        off = surprise_of(model, view, image, soft)
+        return Found(view.inside(soft), view.inside(image), residual, *off, mode, match, view.widened)
 
 
 def surprise_of(
     model: Model, view: View, image: Float[Tensor, "s c x y z"], soft: Float[Tensor, "s k x y z"]
-) -> float | None:
-    """Mean surprise of the samples, by the histogram of the seen part; None if clean cases were not measured."""
+) -> tuple[float | None, float, float]:
+    """Means of `Surprise` over samples, by the histogram of the seen part; nothing if clean cases were not measured."""
     if not model.plan.typical:
-        return None
+        return None, 0.0, 0.0
     draws = 1 if image[0, 0].numel() > TILED_ABOVE else max(1, DRAWS // len(image))
     values = features(denoise_with(model, image[0, 0].numel()), model.denoiser.fields, image, soft, draws)
     if view.widened:
         seen = histogram(view.inside(image)).flatten(1)
         values[:, -seen.shape[1] :] = seen
-    return float(surprise(values, model.plan.typical, len(model.plan.labels) - 1).mean())
+    off = surprise(values, model.plan.typical, len(model.plan.labels) - 1)
+    return float(off.most.mean()), float(off.layout.mean()), float(off.contrast.mean())
 
 
 def denoise_with(model: Model, voxels: int) -> Denoise:
