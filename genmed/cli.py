@@ -656,8 +656,10 @@ def bench_segmentation(
 def bench_shapes(
     shapes: Annotated[Path, typer.Option(help="A folder of `genmed data build-shapes`.")],
     model: Annotated[str, typer.Option(help="A model of shapes that was trained on it: name or folder.")],
-    runs: Annotated[Path, typer.Option(help="Folder of the peers: what they were trained to or chosen for.")],
     out: Annotated[Path, typer.Option(help="Folder for table, rows and picture; one for each table.")],
+    runs: Annotated[
+        Path | None, typer.Option(help="Folder of the peers that complete: what they were trained to or chosen for.")
+    ] = None,
     table: Annotated[str, typer.Option(help="completion or generation.")] = "completion",
     part: Annotated[str, typer.Option(help="Part of the shapes: tune or report.")] = "report",
     kinds: Annotated[
@@ -687,6 +689,8 @@ def bench_shapes(
         return
     if table != "completion":
         raise GenMedError(f"--table {table}: choose completion, or generation, which has no --kinds.")
+    if runs is None:
+        raise GenMedError("--runs: completion has peers; name the folder that they are kept in.")
     completion.run(
         shapes, model, runs, out, part=part, kinds=chosen[0], methods=chosen[1],
         count=completion.COUNT if cases is None else cases, minutes=minutes,

@@ -408,6 +408,7 @@ def test_what_is_told_is_left_out_where_it_is_unknown(data: ShapeDataset) -> Non
         (["--table", "generation", "--cases", "1"], ["--cases 1", "2 shapes"]),
         (["--table", "generation", "--methods", "pca"], ["--methods pca", "replay"]),
         (["--shapes", "nowhere"], ["nowhere"]),
+        (["--runs", ""], ["--runs", "completion"]),
     ],
 )
 def test_bad_options_give_one_line_and_no_file(
@@ -416,6 +417,7 @@ def test_bad_options_give_one_line_and_no_file(
     runs, out = str(tmp_path / "r"), str(tmp_path / "o")
     chosen = {"--shapes": str(folder), "--model": str(model), "--runs": runs, "--out": out}
     chosen |= dict(zip(options[::2], options[1::2], strict=True))
+    chosen = {name: value for name, value in chosen.items() if value}
     result = CliRunner().invoke(app, ["bench", "shapes", *(word for pair in chosen.items() for word in pair)])
     failed_in_one_line(result, *words)
     assert not list(tmp_path.iterdir())
