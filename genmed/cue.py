@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -108,7 +109,10 @@ def _region(index: np.ndarray, spacing_mm: np.ndarray, shape: tuple[int, ...]) -
 def _bounds(
     inside: np.ndarray, seen: np.ndarray, spacing_mm: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Indices of seen voxels, the side they are on, and between what |d| must lie in mm."""
+    """Indices of seen voxels, the side they are on, and between what |d| must lie in mm.
+
+    Where the structure reaches the end of the array it may go on, and what is beyond was not seen.
+    """
     from scipy.ndimage import distance_transform_edt
 
     def distance(mask: np.ndarray) -> np.ndarray:
@@ -120,7 +124,10 @@ def _bounds(
     half = spacing_mm.min() / 2
     to_inside, to_outside = distance(inside), distance(seen & ~inside)
     opposite = np.where(inside, to_outside, to_inside)[seen] - half
-    unseen = distance(~seen)[seen] - half
+    unseen = np.pad(~seen, 1)
+    for axis, end in product(range(3), (0, -1)):
+        unseen.swapaxes(0, axis)[end, 1:-1, 1:-1] = inside.swapaxes(0, axis)[end]
+    unseen = distance(unseen)[1:-1, 1:-1, 1:-1][seen] - half
     low = np.clip(np.minimum(opposite, unseen) - half, 0, None)
     return np.argwhere(seen), np.where(inside, -1, 1)[seen], low, np.maximum(opposite, low)
 

@@ -234,7 +234,9 @@ def test_data_sets_count_the_same_in_a_line_of_their_own() -> None:
     text = shapes.report({row.place: row for row in rows}, ["one plane"], ["genmed"], "report", {})
     headline = text.split("## made")[0]
     assert headline.count("mean over data sets") == len(shapes.METRICS) == text.count("mean over data sets")
-    assert "mean of the UHD of each" in headline
+    assert "mean of the UHD of each" in headline and "tumour" not in text
+    ill = shapes.report({row.place: row for row in rows}, ["one plane"], ["genmed"], "report", {}, {"a-0", "c-1"})
+    assert "## With a tumour: 2 shapes" in ill and "Paired differences of Dice, with a tumour" in ill
 
 
 def test_weights_of_a_bootstrap_are_those_of_repeated_values() -> None:

@@ -21,11 +21,13 @@ from genmed.cue import cue_of_labels, planes_of
 from genmed.errors import GenMedError
 from genmed.guide import Diverged
 from genmed.mesh import Mesh, read_mesh, save_mesh
+from genmed.shape import TRUNCATION
 from genmed.shape_model import ShapeModel, ShapePlan, build_shapes_model, load_shapes
 from genmed.tasks import shapes
+from genmed.tasks.complete import Completion, shape_at
 from genmed.tasks.shapes import complete_file, cue_of_sections, generate_files, parse_planes
 from genmed.text import embed
-from genmed.volume import Volume
+from genmed.volume import Grid, Volume
 
 TRIPLE = "axial=14,coronal=18,sagittal=17"
 
@@ -148,6 +150,23 @@ def test_a_surface_is_cut_by_planes_in_mm(folder: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     middle = (read_mesh(out).vertices.min(axis=0) + read_mesh(out).vertices.max(axis=0)) / 2
     np.testing.assert_allclose(middle, [200, -30, 70], atol=12)
+
+
+def test_a_completion_lies_rightly_on_any_grid() -> None:
+    n, voxel_mm, origin = 24, 2.0, np.array([10.0, -40.0, 5.0])
+    middle = origin + voxel_mm * (n - 1) / 2
+    cube = np.linalg.norm(np.indices((n, n, n)) - (n - 1) / 2, axis=0) - 7
+    shape = shape_at(cube, np.append(middle, np.log(voxel_mm)))
+    found = Completion((shape, shape), 0.0, None, 0.0, 0)
+    grids = (AFFINES["oblique"], (40, 50, 60)), (np.diag([3.0, 3, 3, 1]), (60, 20, 30)), (np.eye(4), (9, 9, 9))
+    for affine, size in grids:
+        moved = affine.copy()
+        moved[:3, 3] += middle - moved[:3, :3] @ (np.array(size) / 2) - moved[:3, 3] + 5
+        world = np.moveaxis(np.indices(size), 0, -1) @ moved[:3, :3].T + moved[:3, 3]
+        true = voxel_mm * np.clip(np.linalg.norm(world - middle, axis=-1) / voxel_mm - 7, -TRUNCATION, TRUNCATION)
+        np.testing.assert_allclose(found.distance_mm(Grid(size, moved)), true, atol=0.6)  # of kinks, too
+        inside = found.probability(Grid(size, moved)) > 0.5
+        np.testing.assert_array_equal(inside[np.abs(true) > 0.3], (true < 0)[np.abs(true) > 0.3])
 
 
 HOLLOW = together(ball(30.0), Mesh(ball(15.0).vertices, ball(15.0).faces[:, ::-1]))

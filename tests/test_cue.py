@@ -47,6 +47,29 @@ def test_a_region_seen_in_depth_bounds_from_both_sides() -> None:
     assert deep.any() and (cue.upper_mm[deep] < -3).all()
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("end", ["first", "last"])
+def test_the_end_of_the_array_is_no_end_of_the_structure(axis: int, end: str) -> None:
+    kept = slice(12, None) if end == "first" else slice(None, 20)
+    shown = np.ones((32, 32, 32), bool)
+    shown.swapaxes(0, axis)[slice(None, 12) if end == "first" else slice(20, None)] = False
+    cut = cue_of_labels(ball_mask().swapaxes(0, axis)[kept].swapaxes(0, axis), np.eye(4), points=10**6)
+    masked = cue_of_labels(ball_mask(), np.eye(4), shown, points=10**6)
+    shift = np.where(np.arange(3) == axis, 12 * (end == "first"), 0)
+    of_cut = {tuple(p): bounds for p, *bounds in zip(cut.points_mm + shift, cut.lower_mm, cut.upper_mm, strict=True)}
+    both = [(of_cut[tuple(p)], [low, high]) for p, low, high in
+            zip(masked.points_mm, masked.lower_mm, masked.upper_mm, strict=True) if low < 0]  # fmt: skip
+    assert len(both) > 1000
+    np.testing.assert_allclose(*zip(*both, strict=True))
+
+
+def test_emptiness_up_to_the_end_of_the_array_stays_as_far_as_it_was_seen() -> None:
+    around = cue_of_labels(ball_mask(), np.eye(4), points=10**6)
+    outside = around.lower_mm > 0
+    middle = np.linalg.norm(around.points_mm - MIDDLE, axis=1) - RADIUS
+    assert (middle[outside] - around.lower_mm[outside]).max() < 1.5
+
+
 def test_what_was_not_seen_changes_nothing() -> None:
     seen = seen_of("planes")
     garbage = np.where(seen, ball_mask(), np.random.default_rng(0).random(seen.shape) < 0.5)
@@ -73,6 +96,20 @@ def test_planes_lie_along_the_nearest_array_axes(affine: np.ndarray, axes: tuple
         assert seen.sum() == 2 * np.prod([seen.shape[a] for a in others])
         with pytest.raises(GenMedError, match=f"{name}={seen.shape[axis]} is outside"):
             planes_of(volume, {name: [seen.shape[axis]]})
+
+
+def test_a_plane_that_misses_the_surface_shows_emptiness() -> None:
+    mesh = ball(30.0)
+    plain, ribbons = cue_of_sections(mesh, {"axial": [0.3]})
+    cue, same = cue_of_sections(mesh, {"axial": [0.3, 32.0]})
+    above = np.isclose(cue.points_mm[:, 2], 32.0)
+    assert above.sum() > 100 and (cue.lower_mm[above] >= 0).all() and not (plain.points_mm[:, 2] > 1).any()
+    distance = np.linalg.norm(cue.points_mm, axis=1) - 30
+    assert (distance >= cue.lower_mm - 0.8).all() and (distance <= cue.upper_mm + 0.8).all()
+    np.testing.assert_allclose(cue.box_mm, plain.box_mm)
+    np.testing.assert_array_equal(same.vertices, ribbons.vertices)
+    far, _ = cue_of_sections(mesh, {"axial": [0.3, 500.0]})
+    np.testing.assert_array_equal(far.points_mm, plain.points_mm)
 
 
 def test_a_mesh_cut_by_planes_gives_bounds_of_its_distance() -> None:

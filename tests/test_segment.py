@@ -26,7 +26,7 @@ from genmed.tasks.segment import (
     observed_share,
     segment,
 )
-from genmed.tasks.view import SIGMA_Y, View, noise_level, slice_profile
+from genmed.tasks.view import SIGMA_Y, View, _fill_hidden, noise_level, slice_profile
 from genmed.volume import Volume
 
 PLAN = replace(tiny.PLAN, label_values=(0, 1, 5))
@@ -411,6 +411,29 @@ def test_a_monotone_map_of_the_intensities_is_undone(falling: bool) -> None:
     assert float((found - plain.image)[core].abs().max()) < 0.05
     assert float((changed.image - plain.image)[core].abs().max()) > 0.1
     assert torch.allclose(histogram(found)[0], target, atol=0.02)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_hidden_slices_are_interpolated_linearly_and_held_beyond_the_last(axis: int) -> None:
+    shape, size = (10, 11, 12), 10 + axis
+    places = np.arange(size).reshape([size if k == axis else 1 for k in range(3)])
+    ramp = Volume(np.broadcast_to(places, (1, *shape)).astype(np.float32).copy(), np.diag([*PLAN.spacing_mm, 1.0]))
+    mask = np.zeros(ramp.data.shape, np.uint8)
+    mask.swapaxes(0, axis + 1)[[2, 5, 9]] = 1
+    view = View.of(PLAN, ramp, ramp.like(mask))
+    image = view.image[0, 0].movedim(axis, 0).flatten(1).numpy()
+    expected = view.intensity.normalise(np.clip(np.arange(size), 2, 9).astype(np.float32).reshape(1, -1, 1, 1)).ravel()
+    np.testing.assert_allclose(image, np.repeat(expected[:, None], image.shape[1], axis=1), atol=1e-4)
+
+
+def test_hidden_blocks_come_from_the_nearest_voxel_in_mm() -> None:
+    y, seen = torch.arange(7.0 * 7 * 7).reshape(1, 1, 7, 7, 7), torch.ones(7, 7, 7, dtype=torch.bool)
+    seen[2:5, 2:5, 2:5] = False
+    for spacing_mm, place in (((1.0, 5.0, 5.0), (1, 3, 3)), ((5.0, 5.0, 1.0), (3, 3, 1))):
+        filled = _fill_hidden(y, seen, spacing_mm)
+        near = [place, tuple(6 - p if p == 1 else p for p in place)]
+        assert filled[0, 0, 3, 3, 3] in [y[(0, 0, *p)] for p in near]
+        assert torch.equal(filled[0, 0][seen], y[0, 0][seen])
 
 
 def test_only_seen_voxels_are_equalised() -> None:

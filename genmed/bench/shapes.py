@@ -12,7 +12,7 @@ import io
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -124,7 +124,9 @@ def run(
     rows = read_rows(out / CASES)
     solving = solvers(Lab(data, load_shapes(model), Path(runs), minutes), columns)
     rows = evaluate(data, chosen, rows_wanted, solving, rows, out)
-    text = report(rows, rows_wanted, columns, part, {name: solver.note for name, solver in solving.items()})
+    tumours = {row.id for row in data.rows if row.facts.get("tumour") == "yes"}
+    notes = {name: solver.note for name, solver in solving.items()}
+    text = report(rows, rows_wanted, columns, part, notes, tumours)
     write_bytes(out / TABLE, text.encode("utf-8"))
     draw_table(out, [row for row in rows.values() if row.part == part], rows_wanted, columns)
     print(text)
@@ -307,8 +309,15 @@ def read_rows(path: Path) -> Rows:
 # The report -----------------------------------------------------------------------------------------------
 
 
-def report(rows: Rows, kinds: Sequence[str], columns: Sequence[str], part: str, notes: Mapping[str, str]) -> str:
-    """All tables with their captions, in Markdown."""
+def report(
+    rows: Rows,
+    kinds: Sequence[str],
+    columns: Sequence[str],
+    part: str,
+    notes: Mapping[str, str],
+    tumours: Collection[str] = (),
+) -> str:
+    """All tables with their captions, in Markdown; `tumours` are the shapes with tables of their own."""
     mine = [row for row in rows.values() if row.part == part]
     unseen = [row for row in rows.values() if row.part == "unseen"]
     parts = [f"# Completion of shapes, {part} part\n\n{_caption(mine, unseen)}\n"]
@@ -319,6 +328,10 @@ def report(rows: Rows, kinds: Sequence[str], columns: Sequence[str], part: str, 
     for source in sources if len(sources) > 1 else []:
         parts.append(_section(f"{source}: mean over its categories", [r for r in mine if r.source == source],
                               kinds, columns))  # fmt: skip
+    if ill := [row for row in mine if row.shape in tumours]:
+        parts.append(_section(f"With a tumour: {len({row.shape for row in ill})} shapes", ill, kinds, columns))
+        if set(columns) & set(OURS):
+            parts.append(f"### Paired differences of Dice, with a tumour\n\n{difference_table(ill, kinds, columns)}")
     if unseen:
         names = ", ".join(sorted({row.category for row in unseen}))
         can = [name for name in columns if not METHODS[name].told]

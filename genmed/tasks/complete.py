@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 import torch
@@ -54,11 +55,15 @@ class Completion:
 
     def probability(self, grid: Grid) -> Float[np.ndarray, "x y z"]:
         """Share of every voxel of a grid that is inside, averaged over samples."""
-        return np.mean([np.clip(0.5 - _on(shape, grid) / shape.voxel_mm, 0, 1) for shape in self.shapes], axis=0)
+        return self._mean(np.clip(0.5 - _on(shape, grid) / shape.voxel_mm, 0, 1) for shape in self.shapes)
 
     def distance_mm(self, grid: Grid) -> Float[np.ndarray, "x y z"]:
         """Mean truncated signed distance on a grid."""
-        return np.mean([_on(shape, grid) for shape in self.shapes], axis=0)
+        return self._mean(_on(shape, grid) for shape in self.shapes)
+
+    def _mean(self, each: Iterable[Float[np.ndarray, "x y z"]]) -> Float[np.ndarray, "x y z"]:
+        """One after the other: a grid may have a hundred million voxels."""
+        return np.asarray(reduce(np.add, each) / np.float32(len(self.shapes)))
 
     def mesh(self) -> Mesh:
         """The surface of the mean distance, in world mm."""
@@ -245,10 +250,17 @@ def _on(shape: Shape, grid: Grid) -> Float[np.ndarray, "x y z"]:
     from scipy.ndimage import affine_transform
 
     to_cube = np.linalg.inv(shape.grid.affine) @ grid.affine
-    found = affine_transform(
-        shape.distance, to_cube[:3, :3], to_cube[:3, 3], grid.shape, order=1, mode="constant", cval=TRUNCATION
-    )
-    return np.asarray(found * shape.voxel_mm)
+    corners = np.linalg.inv(grid.affine) @ np.c_[shape.grid.corners_mm(), np.ones(8)].T
+    first = np.clip(np.floor(corners[:3].min(axis=1)).astype(int) - 1, 0, grid.shape)
+    last = np.clip(np.ceil(corners[:3].max(axis=1)).astype(int) + 2, first, grid.shape)
+    found = np.full(grid.shape, TRUNCATION * shape.voxel_mm, np.float32)
+    if (last > first).all():
+        x, y, z = map(slice, first, last)
+        start = to_cube[:3, :3] @ first + to_cube[:3, 3]
+        found[x, y, z] = shape.voxel_mm * affine_transform(
+            shape.distance, to_cube[:3, :3], start, tuple(last - first), order=1, mode="constant", cval=TRUNCATION
+        )
+    return found
 
 
 def _interval(shapes: Sequence[Shape]) -> Interval | None:

@@ -207,25 +207,29 @@ def cue_of_sections(mesh: Mesh, planes_mm: Mapping[str, Sequence[float]], *, see
 
     Nothing outside the planes is looked at. Inside is, within each plane, where the generalised winding number
     (Jacobson et al., SIGGRAPH 2013) of the outline exceeds one half either way round, so that gaps and surfaces that
-    look inward do no harm. Raises `GenMedError` where no plane meets the surface.
+    look inward do no harm. A plane that misses the surface, but not by much, shows emptiness. Raises `GenMedError`
+    where no plane meets the surface.
     """
     mesh = merged(mesh)
     cuts = [(AXES[name], at, section(mesh, AXES[name], at)) for name, places in planes_mm.items() for at in places]
-    cuts = [cut for cut in cuts if len(cut[2])]
-    if not cuts:
+    met = [lines for _, _, lines in cuts if len(lines)]
+    if not met:
         raise GenMedError("the cue is empty: no plane meets the surface; give positions in mm between its ends.")
-    extent = max(float(np.ptp(lines, axis=(0, 1)).max()) for _, _, lines in cuts)
+    extent = max(float(np.ptp(lines, axis=(0, 1)).max()) for lines in met)
     step, room = extent / ACROSS, extent * ROOM
+    ends = np.concatenate(met).reshape(-1, 3)
     points, inside = [], []
     for axis, at, lines in cuts:
-        low, high = lines.min(axis=(0, 1)), lines.max(axis=(0, 1))
+        low, high = (f(lines if len(lines) else ends[None], axis=(0, 1)) for f in (np.min, np.max))
+        if not len(lines) and not low[axis] - room <= at <= high[axis] + room:
+            continue
         sides = [np.arange(low[k] - room, high[k] + room, step) if k != axis else np.array([at]) for k in range(3)]
         points.append(np.stack(np.meshgrid(*sides, indexing="ij"), axis=-1).reshape(-1, 3))
-        near = ((points[-1] >= low) & (points[-1] <= high))[:, np.arange(3) != axis].all(axis=1)
+        near = ((points[-1] >= low) & (points[-1] <= high))[:, np.arange(3) != axis].all(axis=1) & (len(lines) > 0)
         inside.append(near)
         inside[-1][near] = np.abs(_turns(np.delete(lines, axis, 2), np.delete(points[-1][near], axis, 1))) > 0.5
     cue = cue_of_points(np.concatenate(points), np.concatenate(inside), step, seed=seed)
-    return cue, _ribbons([(axis, lines) for axis, _, lines in cuts], step)
+    return cue, _ribbons([(axis, lines) for axis, _, lines in cuts if len(lines)], step)
 
 
 def section(mesh: Mesh, axis: int, at: float) -> Float[np.ndarray, "n 2 3"]:

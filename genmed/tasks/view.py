@@ -108,8 +108,13 @@ class View:
 
     @property
     def image(self) -> Float[Tensor, "1 c x y z"]:
-        """The best plain interpolation on the working grid (hidden voxels: from the nearest seen ones)."""
-        filled = _fill_hidden(self.y, self.seen)
+        """The best plain interpolation on the working grid.
+
+        Hidden slices come linearly from the seen ones around them, other hidden voxels from the nearest seen one.
+        """
+        model = self.space.model
+        spacing_mm = [mm * m / n for mm, m, n in zip(model.spacing_mm, model.shape, self.seen.shape, strict=True)]
+        filled = _fill_hidden(self.y, self.seen, spacing_mm)
         return apply_matrices(filled, [_interpolation(m) for m in self.matrices])
 
     @property
@@ -244,12 +249,19 @@ def _interpolation(matrix: Tensor) -> Tensor:
     return torch.from_numpy(resample_matrix(n_y, n_model)).float()
 
 
-def _fill_hidden(y: Float[Tensor, "1 c u v w"], seen: Bool[Tensor, "u v w"]) -> Float[Tensor, "1 c u v w"]:
-    if bool(seen.all()):
-        return y
+def _fill_hidden(
+    y: Float[Tensor, "1 c u v w"], seen: Bool[Tensor, "u v w"], spacing_mm: Sequence[float]
+) -> Float[Tensor, "1 c u v w"]:
+    for axis in range(3):
+        rows = seen.movedim(axis, 0).flatten(1)
+        if bool((rows.all(dim=1) == rows.any(dim=1)).all()):  # whole slices are hidden, or none
+            places, kept = np.arange(len(rows)), rows[:, 0].nonzero()[:, 0].numpy()
+            weights = np.stack([np.interp(places, kept, row) for row in np.eye(len(kept))], axis=1)
+            slices = y.movedim(axis + 2, -1)[..., kept] @ torch.from_numpy(weights).to(y).T
+            return slices.movedim(-1, axis + 2)
     from scipy.ndimage import distance_transform_edt
 
-    nearest = distance_transform_edt(~seen.numpy(), return_distances=False, return_indices=True)
+    nearest = distance_transform_edt(~seen.numpy(), spacing_mm, return_distances=False, return_indices=True)
     u, v, w = (torch.from_numpy(index).long() for index in nearest)
     return y[:, :, u, v, w]
 
