@@ -278,6 +278,14 @@ def row(input: str, method: str, case: str, dice: float, key: str = "k", hd95_mm
     return Row("report", input, method, case, key, scores, 1 / 3, **(usual | how))
 
 
+def test_doubtful_is_what_segment_warns_of() -> None:
+    fine = {"surprise": 3.9, "residual": 4.9}
+    how = [{"surprise": 4.1}, {"residual": 5.1}, {"residual": 5.1, "match": "mi"}, fine, {}]
+    rows = [row("clean", "genmed", f"c{k}", 0.5, **each) for k, each in enumerate(how)]
+    text = segmentation.choice_table({r.place: r for r in rows}, [Input("clean")], ["genmed"])
+    assert "| 2 of 5 |" in text
+
+
 def test_rows_survive_the_disk_to_the_last_digit(tmp_path: Path) -> None:
     path = tmp_path / "cases.csv"
     rows = [

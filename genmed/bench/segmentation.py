@@ -50,7 +50,7 @@ from genmed.files import sha256_of, write_bytes
 from genmed.metrics import bootstrap_interval, dice, hd95, nsd
 from genmed.space import on_grid
 from genmed.surprise import LIMIT
-from genmed.tasks.segment import CONVINCING, SAMPLES, STEPS, TRAVELS, segment
+from genmed.tasks.segment import CONVINCING, NOT_OF_VOXELS, RESIDUAL_LIMIT, SAMPLES, STEPS, TRAVELS, segment
 from genmed.tasks.view import View
 from genmed.train import BEST, CHECKPOINT, Spent, fair_minutes, time_spent, train
 from genmed.volume import Grid, Volume, read, read_labels
@@ -636,12 +636,19 @@ def choice_table(rows: Rows, inputs: Sequence[Input], columns: Sequence[str]) ->
             chosen = Counter(f"{row.mode}, match {row.match}" if row.match else row.mode for row in mine)
             how = "; ".join(f"{name}: {count}" for name, count in chosen.most_common())
             residual = np.median([row.residual or 0.0 for row in mine])
-            doubtful = sum(row.surprise is not None and row.surprise > LIMIT for row in mine)
+            doubtful = sum(_doubtful(row) for row in mine)
             seconds = np.mean([row.seconds for row in mine])
             cells = f"{residual:.3g} | {doubtful} of {len(mine)} | {seconds:.1f}"
             lines.append(f"| {input.name} | {METHODS[method].title} | {how} | {cells} |")
-    lines += ["", f"Residual: median. Doubtful: surprise above {LIMIT:g}, of which `segment` warns."]
+    limits = f"surprise above {LIMIT:g} or residual above {RESIDUAL_LIMIT:g}"
+    lines += ["", f"Residual: median. Doubtful: {limits}, of which `segment` warns."]
     return "\n".join(lines) + "\n"
+
+
+def _doubtful(row: Row) -> bool:
+    """Whether `segment` warned, but for structures that were hardly observed."""
+    surprising = row.surprise is not None and row.surprise > LIMIT
+    return surprising or (row.match not in NOT_OF_VOXELS and (row.residual or 0.0) > RESIDUAL_LIMIT)
 
 
 def draw(
