@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 import genmed
 from genmed import hub
-from genmed.bench.restore import between_slices, fidelity, interpolated
+from genmed.bench.restore import fidelity, interpolated
 from genmed.cli import app
 from genmed.degrade import coarser, inverted, keep_slices
 from genmed.errors import GenMedError
@@ -32,7 +32,7 @@ from genmed.tasks import run
 from genmed.tasks.restore import Restoration, line, restore, save_synthetic, translate
 from genmed.tasks.run import RestoreOptions, restore_files, segment_files, translate_files
 from genmed.tasks.segment import segment
-from genmed.tasks.view import slice_profile
+from genmed.tasks.view import between_slices, slice_profile
 from genmed.volume import Volume
 
 Call = dict[str, Any]

@@ -426,6 +426,12 @@ def test_hidden_slices_are_interpolated_linearly_and_held_beyond_the_last(axis: 
     np.testing.assert_allclose(image, np.repeat(expected[:, None], image.shape[1], axis=1), atol=1e-4)
 
 
+def test_the_only_slice_that_was_seen_stands_for_all() -> None:
+    y, seen = torch.rand(1, 1, 4, 5, 6), torch.zeros(4, 5, 6, dtype=torch.bool)
+    seen[:, 3] = True
+    assert torch.equal(_fill_hidden(y, seen, (1.0, 1.0, 1.0)), y[:, :, :, 3:4].expand(1, 1, 4, 5, 6))
+
+
 def test_hidden_blocks_come_from_the_nearest_voxel_in_mm() -> None:
     y, seen = torch.arange(7.0 * 7 * 7).reshape(1, 1, 7, 7, 7), torch.ones(7, 7, 7, dtype=torch.bool)
     seen[2:5, 2:5, 2:5] = False

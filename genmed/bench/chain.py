@@ -26,7 +26,6 @@ import numpy as np
 from genmed import hub
 from genmed.bench.cases import cases_of_part, spread
 from genmed.bench.hippocampus import mean_interval
-from genmed.bench.restore import between_slices
 from genmed.bench.tables import HIPPOCAMPUS_DEGRADED, SPLITS, Input, change
 from genmed.data.dataset import Dataset, read_dataset
 from genmed.data.shapes import ShapeDataset, read_shapes
@@ -41,6 +40,7 @@ from genmed.shape_model import ShapeModel, load_shapes
 from genmed.space import on_grid
 from genmed.tasks.chain import TRUST, complete_all, completed, structures_of
 from genmed.tasks.segment import segment
+from genmed.tasks.view import between_slices
 from genmed.volume import Volume, read, read_labels
 
 CASES, TABLE = "cases.csv", "table.md"

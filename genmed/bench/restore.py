@@ -22,6 +22,7 @@ from genmed.metrics import bootstrap_interval, psnr, ssim
 from genmed.plan import Plan
 from genmed.space import Space
 from genmed.tasks.restore import line, restore, translate
+from genmed.tasks.view import between_slices
 from genmed.volume import Volume, read
 
 ROWS: dict[str, Callable[[Volume], Degraded]] = {
@@ -59,16 +60,6 @@ def interpolated(worse: Degraded, plan: Plan, order: int) -> np.ndarray:
     factors = [m / n for m, n in zip(space.model.shape, space.oriented, strict=True)]
     channels = space.orient(worse.scan.data).astype(np.float32)
     return np.stack([zoom(channel, factors, order=order, mode="nearest", grid_mode=True) for channel in channels])
-
-
-def between_slices(data: np.ndarray, seen: np.ndarray, order: int) -> np.ndarray:
-    """Fill hidden slices of (c, x, y, z) by splines through those in `seen`, (x, y, z); constant beyond them."""
-    from scipy.interpolate import make_interp_spline
-
-    axis = next(a for a in range(3) if not seen.any(axis=tuple({0, 1, 2} - {a})).all())
-    kept = np.flatnonzero(seen.any(axis=tuple({0, 1, 2} - {axis})))
-    spline = make_interp_spline(kept, np.take(data, kept, axis=axis + 1), k=order, axis=axis + 1)
-    return np.asarray(spline(np.clip(np.arange(seen.shape[axis]), kept[0], kept[-1])), dtype=np.float32)
 
 
 def scores(

@@ -252,18 +252,32 @@ def _interpolation(matrix: Tensor) -> Tensor:
 def _fill_hidden(
     y: Float[Tensor, "1 c u v w"], seen: Bool[Tensor, "u v w"], spacing_mm: Sequence[float]
 ) -> Float[Tensor, "1 c u v w"]:
+    if bool(seen.all()):
+        return y
     for axis in range(3):
         rows = seen.movedim(axis, 0).flatten(1)
-        if bool((rows.all(dim=1) == rows.any(dim=1)).all()):  # whole slices are hidden, or none
-            places, kept = np.arange(len(rows)), rows[:, 0].nonzero()[:, 0].numpy()
-            weights = np.stack([np.interp(places, kept, row) for row in np.eye(len(kept))], axis=1)
-            slices = y.movedim(axis + 2, -1)[..., kept] @ torch.from_numpy(weights).to(y).T
-            return slices.movedim(-1, axis + 2)
+        if bool((rows.all(dim=1) == rows.any(dim=1)).all()):  # whole slices are hidden
+            return torch.from_numpy(between_slices(y[0].numpy(), seen.numpy(), 1))[None]
     from scipy.ndimage import distance_transform_edt
 
     nearest = distance_transform_edt(~seen.numpy(), spacing_mm, return_distances=False, return_indices=True)
     u, v, w = (torch.from_numpy(index).long() for index in nearest)
     return y[:, :, u, v, w]
+
+
+def between_slices(
+    data: Float[np.ndarray, "c x y z"], seen: Bool[np.ndarray, "x y z"], order: int
+) -> Float[np.ndarray, "c x y z"]:
+    """Fill hidden slices by splines through those in `seen`; constant beyond them."""
+    from scipy.interpolate import make_interp_spline
+
+    axis = next(a for a in range(3) if not seen.any(axis=tuple({0, 1, 2} - {a})).all())
+    kept = np.flatnonzero(seen.any(axis=tuple({0, 1, 2} - {axis})))
+    shown = np.take(data, kept, axis=axis + 1)
+    if len(kept) == 1:
+        return np.repeat(shown, seen.shape[axis], axis=axis + 1)
+    spline = make_interp_spline(kept, shown, k=order, axis=axis + 1)
+    return np.asarray(spline(np.clip(np.arange(seen.shape[axis]), kept[0], kept[-1])), dtype=np.float32)
 
 
 def noise_level(y: Float[Tensor, "1 c u v w"], seen: Bool[Tensor, "u v w"], axes: Sequence[int]) -> float:
