@@ -27,7 +27,7 @@ from genmed.shape import Shape
 from genmed.shape_model import ShapeModel
 from genmed.tasks.complete import START_SIGMA, STEPS, Completion, complete
 
-VERSION = 4  # raise it whenever cues, peers or scores change: nothing of an older one is used again
+VERSION = 5  # raise it whenever cues, peers or scores change: nothing of an older one is used again
 SAMPLES = 12  # of ours and of the conditioned peer, averaged
 TUNE_SHAPES = 12
 TUNE_KINDS = ("one plane", "three planes", "half missing", "redundant", "noisy points")
