@@ -8,6 +8,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from test_cli import failed_in_one_line
 from test_mesh import ball, together
 from test_shape import AFFINES, dice
@@ -21,10 +22,11 @@ from genmed.cue import cue_of_labels, planes_of
 from genmed.errors import GenMedError
 from genmed.guide import Diverged
 from genmed.mesh import Mesh, read_mesh, save_mesh
+from genmed.pose import Posed
 from genmed.shape import TRUNCATION
 from genmed.shape_model import ShapeModel, ShapePlan, build_shapes_model, load_shapes
 from genmed.tasks import shapes
-from genmed.tasks.complete import Completion, shape_at
+from genmed.tasks.complete import Completion, believed, shape_at
 from genmed.tasks.shapes import complete_file, cue_of_sections, generate_files, parse_planes
 from genmed.text import embed
 from genmed.volume import Grid, Volume
@@ -341,6 +343,28 @@ def test_the_input_is_never_overwritten(part: Path, folder: Path, tmp_path: Path
 def blank() -> ShapeModel:
     """Untrained, for what ends before it is asked."""
     return build_shapes_model(ShapePlan("blank", {"kidney": ()}, 16, 8, 4, 2, 8, 1, 0.0, 1.0))
+
+
+@pytest.mark.parametrize("doubtful", [True, False])
+def test_a_border_is_believed_where_it_is_near(doubtful: bool) -> None:
+    n, step_mm = 48, 2.0
+    blank = build_shapes_model(ShapePlan("blank", {"kidney": ()}, n, 8, 4, 2, 8, 1, 0.0, 1.0))
+    place = step_mm * (np.moveaxis(np.indices((n, n, n)), 0, -1) - (n - 1) / 2)
+
+    def away(middle: list[float], radius: float) -> np.ndarray:
+        return (np.linalg.norm(place - middle, axis=-1) - radius) / step_mm
+
+    radius = 0.25 * n * step_mm
+    seen, beside = away([0, 0, 0], radius) < 0, away([radius, radius, 0], 0.5 * radius) < 0
+    affine = np.diag([step_mm, step_mm, step_mm, 1])
+    affine[:3, 3] = place[0, 0, 0]
+    cue = cue_of_labels(seen | beside, affine, doubtful=doubtful)
+    posed = Posed(blank, cue, torch.tensor([[0.0, 0.0, 0.0, np.log(step_mm)]]))
+    made = torch.from_numpy(away([0, 0, 0], radius - 1.4 * step_mm)[None, None]).float().clamp(-TRUNCATION, TRUNCATION)
+    found = believed(made, posed)[0, 0].numpy() < 0
+    assert (found ^ seen)[~beside].sum() < 0.003 * seen.sum()  # but where both bodies meet
+    inner = away([radius, radius, 0], 0.5 * radius - 4 * step_mm) < 0
+    assert not found[inner & ~seen].any()
 
 
 @pytest.mark.parametrize("place", ["out", "page"])

@@ -35,6 +35,7 @@ LENGTH = 4.0    # voxels: how far what a sample missed of the cue is believed to
 AMPLITUDE = 1.0
 GP_SIGMA = 0.1  # voxels
 GP_ITERATIONS = 12
+BELIEVED = 2.0  # voxels of the cube: a smooth border that lies no further from the completed one is taken as it is
 
 Progress = Callable[[float], None]
 
@@ -114,7 +115,7 @@ def complete(
     codes = z0[order][:, model.fields.slice("shape")].flatten(1)
     volume = model.decode(codes, words[order])
     posed = Posed(model, cue, posed.pose[order])
-    volume = honoured(volume, posed)
+    volume = believed(honoured(volume, posed), posed)
     shapes = tuple(shape_at(v, p) for v, p in zip(volume[:, 0].numpy(), posed.pose.numpy(), strict=True))
     if progress:
         progress(1.0)
@@ -236,6 +237,32 @@ def honoured(volume: Float[Tensor, "b 1 n n n"], posed: Posed) -> Float[Tensor, 
     for _ in range(2):  # bounds that were kept before may be left by the first correction
         volume = consistent(volume, sdf, fit, length=LENGTH, amplitude=AMPLITUDE, iterations=GP_ITERATIONS)
     return volume
+
+
+def believed(volume: Float[Tensor, "b 1 n n n"], posed: Posed) -> Float[Tensor, "b 1 n n n"]:
+    """Distances to the border of a label map, as it was seen, near the completed surface.
+
+    Where a doubtful map and the completed surface are `BELIEVED` apart or more, it does not belong, or is missing. Cues
+    without a border change nothing.
+    """
+    from scipy.spatial import cKDTree
+
+    if (border := posed.cue.border) is None:
+        return volume
+    tree, reach = cKDTree(border.points_mm), posed.cue.voxel_mm
+    found = volume.clone()
+    for sdf, pose in zip(found[:, 0].numpy(), posed.pose.double().numpy(), strict=True):
+        near = np.abs(sdf) < BELIEVED
+        voxel_mm = float(np.exp(pose[3]))
+        places = (np.argwhere(near) - (len(sdf) - 1) / 2) * voxel_mm + pose[:3]
+        away, which = tree.query(places, k=8, distance_upper_bound=reach)
+        weight = np.where(np.isfinite(away), reach - away, 0.0)
+        distance = np.append(border.distance_mm, 0.0)[which] / voxel_mm
+        shown = (weight * distance).sum(axis=1) / weight.sum(axis=1).clip(min=1e-9)
+        own = sdf[near]
+        kept = (weight.sum(axis=1) > 0) & ((np.abs(shown - own) < BELIEVED) | (not posed.cue.doubtful))
+        sdf[near] = np.where(kept, shown, own)
+    return found
 
 
 def shape_at(volume: Float[np.ndarray, "n n n"], pose: Float[np.ndarray, 4]) -> Shape:
