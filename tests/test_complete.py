@@ -260,6 +260,7 @@ def test_a_page_of_a_surface_shows_matter_that_does_not_belong(planes: list[str]
         ("spleen of a cat's left liver and kidney", "names several structures (kidney, spleen)"),
         ("linke Niere", "names no structure that this model knows (femur, kidney, spleen)"),
         ("renal artery", "also says 'artery', so that kidney may not be meant"),
+        ("linke kidney", "has words of another language ('linke'), so that kidney may not be meant"),
     ],
 )
 def test_a_text_that_is_not_of_one_known_structure_is_said_and_not_used(

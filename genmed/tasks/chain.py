@@ -272,10 +272,13 @@ def structures_of(
     structures, notes = [], []
     for part in wanted:
         words = text or texts.get(part) or " ".join(map(_in_words, part))
-        if isinstance(understand(words, known), str):
+        if text is None and isinstance(understand(words, known), str):
+            unsided = " ".join(word for word in words.split() if word not in ("left", "right"))
+            words = words if isinstance(understand(unsided, known), str) else unsided  # sides were not noted
+        if isinstance(why := understand(words, known), str):
             notes.append(
-                f"{'+'.join(part)}: the completion model knows no such structure ({words}), only {', '.join(known)}; "
-                "its segmentation is kept, or name it with --label and --text"
+                f'{"+".join(part)}: not completed, since "{words}" {why}; its segmentation is kept, or name it with '
+                "--label and --text"
             )
         else:
             structures.append(Structure(part, words))
