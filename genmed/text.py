@@ -48,7 +48,7 @@ OTHERS = """
     foot knee ankle muscle tendon ligament cartilage skin eye orbit lens ear tongue larynx pharynx tonsil lymph
     node bean
 """
-# Sides and small words of other languages: beside a name that English shares with them ("thalamus gauche"), or in mixtures.
+# Sides and small words of other languages, beside a name that English shares with them ("thalamus gauche").
 FOREIGN = """
     links linke linker linkes linken linkem rechts rechte rechter rechtes rechten rechtem linkse rechtse gauche gauches
     droit droite droits droites izquierdo izquierda izquierdos izquierdas derecho derecha derechos derechas sinistro
@@ -56,7 +56,8 @@ FOREIGN = """
     direitos direitas sinister sinistrum dexter dextra dextrum lewy lewa lewe lewej prawy prawa prawe prawej vasen oikea
     der die das dem den des ein eine einer eines mit ohne und nicht vom le la les un une du de avec sans et el los las
     una con del y il lo gli della dello di senza da dos uma com sem het een zonder med och og utan uten uden
-    klein kleine kleiner kleines grosse grosser grosses petit petite grand grande grandes piccolo piccola pequeno pequena
+    klein kleine kleiner kleines grosse grosser grosses petit petite grand grande grandes piccolo piccola
+    pequeno pequena
 """
 NEGATIONS = {"not", "no", "non", "nor", "neither", "never", "without", "except", "instead", "anything", "isn"}
 WHOLES = {"heart", "cardiac", "brain"}  # words for where a structure is, too: "left ventricle of the heart"
