@@ -191,10 +191,15 @@ def cue_of_distances(
 
 def united(first: Cue, second: Cue) -> Cue:
     """What either of two cues of a structure says."""
-    bounds = (np.concatenate([getattr(c, k) for c in (first, second)]) for k in ("points_mm", "lower_mm", "upper_mm"))
     low, high = np.minimum(first.box_mm[0], second.box_mm[0]), np.maximum(first.box_mm[1], second.box_mm[1])
-    voxel_mm, doubtful = min(first.voxel_mm, second.voxel_mm), first.doubtful or second.doubtful
-    return Cue(*bounds, np.stack([low, high]), voxel_mm, doubtful)
+    return Cue(
+        np.concatenate([first.points_mm, second.points_mm]),
+        np.concatenate([first.lower_mm, second.lower_mm]),
+        np.concatenate([first.upper_mm, second.upper_mm]),
+        np.stack([low, high]),
+        min(first.voxel_mm, second.voxel_mm),
+        first.doubtful or second.doubtful,
+    )
 
 
 def cue_of_surface_points(points_mm: Float[np.ndarray, "n 3"], sigma_mm: float) -> Cue:

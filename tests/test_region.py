@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from test_mesh import ball, together
 
+from genmed.cue import united
 from genmed.errors import GenMedError
 from genmed.mesh import Mesh
 from genmed.tasks.region import cue_of_cloud, cue_of_region, noise_mm
@@ -58,6 +59,14 @@ def test_nothing_of_a_surface_outside_its_mask_is_looked_at(unseen: str) -> None
     np.testing.assert_allclose(found.points_mm, expected.points_mm)
     np.testing.assert_allclose(found.lower_mm, expected.lower_mm, atol=1e-6)
     np.testing.assert_allclose(found.upper_mm, expected.upper_mm, atol=1e-6)
+
+
+def test_what_two_cues_say_is_united() -> None:
+    cues = cue_of_region(HOLLOW, mask("z > 1"))[0], cue_of_region(HOLLOW, mask("z < -20"))[0]
+    both, distance = united(*cues), true(united(*cues).points_mm)
+    assert len(both.points_mm) == sum(len(cue.points_mm) for cue in cues)
+    assert (both.lower_mm - 0.8 <= distance).all() and (distance <= both.upper_mm + 0.8).all()
+    np.testing.assert_allclose(both.box_mm[:, 2], [-30, 30], atol=0.5)
 
 
 def test_parts_of_a_mask_that_the_surface_does_not_meet_are_empty_or_full() -> None:
