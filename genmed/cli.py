@@ -466,7 +466,7 @@ def _report_failures(outcome: Outcome) -> None:
 
 @app.command("complete")
 def complete_shape(
-    part: Annotated[Path, typer.Argument(metavar="PART", help="Binary label map, or surface in mm.")],
+    part: Annotated[Path, typer.Argument(metavar="PART", help="Binary label map, surface, or points on one, in mm.")],
     model: ModelName,
     out: Annotated[Path, typer.Option(help="A .nii.gz, .stl, .ply or .glb file.")],
     planes: Annotated[
@@ -475,8 +475,15 @@ def complete_shape(
     ] = None,
     observed: Annotated[Path | None, typer.Option(metavar="MASK", help="Mask of the voxels that were seen.")] = None,
     text: Annotated[str | None, typer.Option(help="What it is, in words.")] = None,
+    doubtful: Annotated[
+        bool,
+        typer.Option("--doubtful", help="Some of what is seen may not belong to the structure, or is noisy."),
+    ] = False,
     samples: Annotated[int, typer.Option(help="Shapes to average.")] = 12,
     seed: Seed = 0,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="Also write OUT.probabilities.nii.gz, OUT without its ending.")
+    ] = False,
     page: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also a page in 3D, .html: what was seen beside its completion.")
     ] = None,
@@ -491,10 +498,10 @@ def complete_shape(
     from genmed.tasks.shapes import complete_file
 
     facts = complete_file(
-        load_shapes(model), part, out, planes=planes, observed=observed, text=text, samples=samples, seed=seed,
-        page=page, command=_command_line(),
+        load_shapes(model), part, out, planes=planes, observed=observed, text=text, doubtful=doubtful, samples=samples,
+        seed=seed, probabilities=probabilities, page=page, command=_command_line(),
     )  # fmt: skip
-    _warn(facts)
+    _warn(facts, "the model knows no size in mm of this structure: the result is as large as PART says")
     short = f"residual {facts['residual_mm']:.2f} mm, {facts['seconds']:.1f} s -> {facts['out']}"
     typer.echo(_json(facts) if as_json else short)
 
@@ -513,14 +520,20 @@ def generate_shapes(
     from genmed.tasks.shapes import generate_files
 
     facts = generate_files(load_shapes(model), out, count, text=text, seed=seed, command=_command_line())
-    _warn(facts)
-    lines = [f"{row['file']}: {row['volume_ml']:.4g} ml, {row['extent_mm']:.4g} mm" for row in facts["shapes"]]
+    _warn(facts, "some shapes have no known size: their structure had no scale in mm in training; units are arbitrary")
+    lines = [
+        f"{row['file']}: no known size"
+        if row["volume_ml"] is None
+        else f"{row['file']}: {row['volume_ml']:.4g} ml, {row['extent_mm']:.4g} mm"
+        for row in facts["shapes"]
+    ]
     typer.echo(_json(facts) if as_json else "\n".join(lines))
 
 
-def _warn(facts: dict[str, Any]) -> None:
-    if facts["warning"]:
-        typer.echo(f"genmed: {facts['warning']}", err=True)
+def _warn(facts: dict[str, Any], without_scale: str) -> None:
+    for line in (facts["warning"], "" if facts["scale_known"] else without_scale):
+        if line:
+            typer.echo(f"genmed: {line}", err=True)
 
 
 @app.command()

@@ -221,6 +221,38 @@ def cue_of_points(
     return Cue(points_mm[chosen], lower, upper, box_mm, step_mm, doubtful)
 
 
+def cue_of_distances(
+    points_mm: Float[np.ndarray, "n 3"],
+    inside: Bool[np.ndarray, " n"],
+    low_mm: Float[np.ndarray, " n"],
+    high_mm: Float[np.ndarray, " n"],
+    box_mm: Float[np.ndarray, "2 3"],
+    voxel_mm: float,
+    *,
+    doubtful: bool = False,
+    count: int = POINTS,
+    seed: int = 0,
+) -> Cue:
+    """The cue of points that are known to be inside or outside, `low_mm` to `high_mm` from the surface."""
+    chosen = _chosen(high_mm, count, np.random.default_rng(seed))
+    low, high, inside = low_mm[chosen], high_mm[chosen], inside[chosen]
+    lower, upper = np.where(inside, -high, low), np.where(inside, -low, high)
+    return Cue(points_mm[chosen], lower, upper, box_mm, voxel_mm, doubtful)
+
+
+def united(first: Cue, second: Cue) -> Cue:
+    """What either of two cues of a structure says."""
+    low, high = np.minimum(first.box_mm[0], second.box_mm[0]), np.maximum(first.box_mm[1], second.box_mm[1])
+    return Cue(
+        np.concatenate([first.points_mm, second.points_mm]),
+        np.concatenate([first.lower_mm, second.lower_mm]),
+        np.concatenate([first.upper_mm, second.upper_mm]),
+        np.stack([low, high]),
+        min(first.voxel_mm, second.voxel_mm),
+        first.doubtful or second.doubtful,
+    )
+
+
 def cue_of_surface_points(points_mm: Float[np.ndarray, "n 3"], sigma_mm: float) -> Cue:
     """The cue of noisy points on the surface, of this standard deviation: d = 0, and no point is trusted.
 

@@ -119,7 +119,7 @@ def test_the_chain_completes_known_labels_and_leaves_others(shapes: ShapeModel, 
     assert (labels[30:33, 30:33, 30:33] == 5).all() and (labels == 5).sum() == 27
     np.testing.assert_array_equal((labels == 1)[seen], kidney()[seen])
     assert list(made.completed) == ["kidney"] and made.completed["kidney"]["text"] == "kidney"
-    assert len(made.notes) == 1 and "stone: the completion model knows no such structure" in made.notes[0]
+    assert len(made.notes) == 1 and 'stone: not completed, since "stone" names no structure' in made.notes[0]
     volumes = made.segmentation.volume_ml
     assert volumes["kidney"]._asdict() == made.completed["kidney"]["volume_ml"]
     assert volumes["stone"] == Interval(2, 2, 2)
@@ -216,6 +216,14 @@ def test_names_of_labels_lead_to_structures(
     assert len(notes) == (0 if label else len(set(labels) - covered))
 
 
+def test_sides_that_the_shapes_do_not_have_are_taken_of_labels_but_not_of_words(shapes: ShapeModel) -> None:
+    plan = replace(PLAN, labels=("background", "adrenal_gland_left"), label_values=(0, 1))
+    model = replace(shapes, plan=replace(shapes.plan, categories={"adrenal gland": ()}))
+    assert structures_of(plan, model) == ([Structure(("adrenal_gland_left",), "adrenal gland")], [])
+    found, notes = structures_of(plan, model, "adrenal_gland_left", "left adrenal gland")
+    assert not found and "says 'left', but this model knows no left adrenal gland" in notes[0]
+
+
 @pytest.mark.parametrize(
     "options, words",
     [({"label": "liver"}, "--label liver"), ({"label": "kidney,kidney"}, "twice"), ({"text": "kidney"}, "--text")],
@@ -243,7 +251,7 @@ def test_the_command_writes_what_segment_does_and_says_what_was_kept(
     assert result.exit_code == 0, result.output
     case = json.loads(result.stdout)["cases"]["scan"]
     assert list(case["completed"]) == ["kidney"] and case["structures"]["kidney"]["ml"] > 0
-    assert "genmed: stone: the completion model knows no such structure" in result.stderr
+    assert 'genmed: stone: not completed, since "stone" names no structure' in result.stderr
     given, made = nib.load(path), nib.load(tmp_path / "out" / "scan.nii.gz")
     assert np.array_equal(given.affine, made.affine) and given.shape == made.shape
     assert dice(np.asarray(made.dataobj) == 1, kidney()) > 0.85

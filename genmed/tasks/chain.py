@@ -54,7 +54,7 @@ class Chained:
 
     `segmentation` is that of `segment` with labels and probabilities after completion, and volumes of single labels
     over completed shapes. `completed` holds facts by name of the structure. `notes` say which structures were left
-    as segmented, and why.
+    as segmented, and why, and of which the completion model knows no size.
     """
 
     segmentation: Segmentation
@@ -137,6 +137,8 @@ def complete_all(
             notes.append(f"{structure.name}: not completed, its segmentation is kept ({error})")
             continue
         facts[structure.name] = facts_of(made, structure)
+        if not made.shapes[0].scaled:
+            notes.append(f"{structure.name}: the completion model knows no size in mm of this structure")
         for name in structure.labels:
             volumes.pop(name, None)
         if len(channels) == 1 and made.volume_ml is not None:
@@ -231,6 +233,7 @@ def facts_of(found: Completion, structure: Structure) -> dict[str, Any]:
     """What the manifest says of a completion."""
     return {
         "text": structure.text,
+        "scale_known": found.shapes[0].scaled,
         "residual_mm": round(found.residual, 4),
         "volume_ml": None if found.volume_ml is None else found.volume_ml._asdict(),
         "seconds": round(found.seconds, 2),
@@ -272,10 +275,13 @@ def structures_of(
     structures, notes = [], []
     for part in wanted:
         words = text or texts.get(part) or " ".join(map(_in_words, part))
-        if isinstance(understand(words, known), str):
+        if text is None and isinstance(understand(words, known), str):
+            unsided = " ".join(word for word in words.split() if word not in ("left", "right"))
+            words = words if isinstance(understand(unsided, known), str) else unsided  # sides were not noted
+        if isinstance(why := understand(words, known), str):
             notes.append(
-                f"{'+'.join(part)}: the completion model knows no such structure ({words}), only {', '.join(known)}; "
-                "its segmentation is kept, or name it with --label and --text"
+                f'{"+".join(part)}: not completed, since "{words}" {why}; its segmentation is kept, or name it with '
+                "--label and --text"
             )
         else:
             structures.append(Structure(part, words))

@@ -132,10 +132,11 @@ def _column(title: str, shape: Surfaces, truth: Surfaces | None, names: Sequence
         return Column(title, shape.mesh, None, figures, f"{labels} labels, shown as one." if labels > 1 else note)
     parts = [shape.part(name) for name in shape.values]
     classes = np.array([names.index(name) if name else PLAIN for name in shape.values], dtype=np.uint8)
-    return Column(title, _together(parts), np.repeat(classes, [len(part.vertices) for part in parts]), figures, note)
+    return Column(title, together(parts), np.repeat(classes, [len(part.vertices) for part in parts]), figures, note)
 
 
-def _together(parts: Sequence[Mesh]) -> Mesh:
+def together(parts: Sequence[Mesh]) -> Mesh:
+    """Several meshes as one."""
     first = np.cumsum([0, *(len(part.vertices) for part in parts)])
     faces = np.concatenate([part.faces + start for part, start in zip(parts, first, strict=False)])
     return Mesh(np.concatenate([part.vertices for part in parts]), faces)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import numpy as np
@@ -116,7 +116,7 @@ def complete(
     volume = model.decode(codes, words[order])
     posed = Posed(model, cue, posed.pose[order])
     volume = believed(honoured(volume, posed), posed)
-    shapes = tuple(shape_at(v, p) for v, p in zip(volume[:, 0].numpy(), posed.pose.numpy(), strict=True))
+    shapes = shapes_at(volume, posed.pose, model.scaled(codes, words[order], BLUR))
     if progress:
         progress(1.0)
     missed = float((posed.misses(volume[:1], posed.pose[:1]) ** 2).mean().sqrt() * posed.pose[0, 3].exp())
@@ -188,7 +188,8 @@ def generate(
 ) -> tuple[Shape, ...]:
     """Draw complete shapes around the world's origin, of a caption's sentence embedding or of whatever is known.
 
-    Raises `GenMedError` for fewer shapes than 1.
+    Those of a structure whose training shapes had no size in mm are not `scaled`. Raises `GenMedError` for fewer
+    shapes than 1.
     """
     if count < 1:
         raise GenMedError(f"count {count}: must be 1 or more.")
@@ -204,10 +205,12 @@ def generate(
     generators = seeded([seed * 1_000_003 + i for i in range(count)])
     z = plan.sigma_max * noise(torch.zeros(count, fields.channels, 1, 1, 1), generators)
     drawn = fields.split(heun(denoise, z, schedule(plan.sigma_max, plan.sigma_min, GENERATED_STEPS)))
-    volume = model.decode(drawn["shape"].flatten(1), None if text is None else words.expand(count, -1))
+    codes = drawn["shape"].flatten(1)
+    volume = model.decode(codes, None if text is None else words.expand(count, -1))
     log_mm = model.log_voxel_mm(drawn["size"].flatten(1))
     poses = torch.cat([torch.zeros(count, 3), log_mm], dim=1)
-    return tuple(shape_at(v, p) for v, p in zip(volume[:, 0].numpy(), poses.numpy(), strict=True))
+    spoken = (words if text is not None else torch.full_like(words, torch.nan)).expand(count, -1)
+    return shapes_at(volume, poses, model.scaled(codes, spoken, BLUR))
 
 
 def energy(z0: Float[Tensor, "b c 1 1 1"], posed: Posed) -> Float[Tensor, " b"]:
@@ -263,6 +266,14 @@ def believed(volume: Float[Tensor, "b 1 n n n"], posed: Posed) -> Float[Tensor, 
         kept = (weight.sum(axis=1) > 0) & ((np.abs(shown - own) < BELIEVED) | (not posed.cue.doubtful))
         sdf[near] = np.where(kept, shown, own)
     return found
+
+
+def shapes_at(
+    volumes: Float[Tensor, "b 1 n n n"], poses: Float[Tensor, "b 4"], scaled: Sequence[bool]
+) -> tuple[Shape, ...]:
+    """`shape_at` of every row, with whether its size is known in mm."""
+    rows = zip(volumes[:, 0].numpy(), poses.numpy(), scaled, strict=True)
+    return tuple(replace(shape_at(volume, pose), scaled=known) for volume, pose, known in rows)
 
 
 def shape_at(volume: Float[np.ndarray, "n n n"], pose: Float[np.ndarray, 4]) -> Shape:
