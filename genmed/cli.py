@@ -527,7 +527,7 @@ def _warn(facts: dict[str, Any]) -> None:
 def view(
     files: Annotated[
         list[Path],
-        typer.Argument(metavar="FILE...", help="Meshes (STL, PLY, OBJ, VTP; in mm) and label maps, 1 to 12."),
+        typer.Argument(metavar="FILE...", help="Meshes (STL, PLY, OBJ, VTP, GLB; in mm) and label maps, 1 to 12."),
     ],
     out: Annotated[Path, typer.Option(help="The page, an .html file.")],
     truth: Annotated[

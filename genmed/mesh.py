@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     import trimesh
 
 LIBRARIES = ("trimesh", "point_cloud_utils", "skimage", "fast_simplification", "pyarrow")
-MESH_SUFFIXES = (".stl", ".ply", ".obj", ".vtp")
-SAVE_SUFFIXES = (*MESH_SUFFIXES, ".glb")
+MESH_SUFFIXES = (".stl", ".ply", ".obj", ".vtp", ".glb")
 UNITS_MM = {"mm": 1.0, "cm": 10.0, "m": 1000.0}
 SMALLEST_MM, LARGEST_MM = 2.0, 3000.0  # longest extent of an anatomical surface; beyond it the unit must be wrong
 MAX_FACES = 50_000  # more changes distances by hundredths of a voxel of 64³ at most, and costs time
@@ -85,12 +84,12 @@ def require_libraries() -> None:
 
 
 def read_mesh(path: str | os.PathLike[str], unit: str = "mm") -> Mesh:
-    """Read a surface from STL, PLY, OBJ or VTP, unrepaired, in mm and RAS+.
+    """Read a surface from STL, PLY, OBJ, VTP or GLB, unrepaired, in mm and RAS+.
 
     `unit` is that of the file: mm, cm or m. Where the header says SPACE=LPS, as 3D Slicer's does
-    (https://discourse.slicer.org/t/10446), x and y are turned; vertices of no face are dropped. Raises `GenMedError`
-    for files that hold no triangles, numbers that are not finite, and extents that no anatomical structure has in
-    this unit.
+    (https://discourse.slicer.org/t/10446), x and y are turned; vertices of no face are dropped. Parts of a GLB are
+    joined, each in its place. Raises `GenMedError` for files that hold no triangles, numbers that are not finite, and
+    extents that no anatomical structure has in this unit.
     """
     path = Path(path).expanduser()
     if unit not in UNITS_MM:
@@ -122,12 +121,12 @@ def read_mesh(path: str | os.PathLike[str], unit: str = "mm") -> Mesh:
 def save_mesh(mesh: Mesh, path: str | os.PathLike[str]) -> Path:
     """Write STL, PLY, OBJ, VTP or GLB, coordinates in mm as they are; the file appears whole or never.
 
-    All but GLB say SPACE=RAS, without which 3D Slicer would take them as LPS.
+    All but GLB, which has no place for it, say SPACE=RAS, without which 3D Slicer would take them as LPS.
     """
     path = Path(path).expanduser()
     suffix = path.suffix.lower()
-    if suffix not in SAVE_SUFFIXES:
-        raise GenMedError(f"{path}: cannot write this surface file; name it {', '.join(SAVE_SUFFIXES)}.")
+    if suffix not in MESH_SUFFIXES:
+        raise GenMedError(f"{path}: cannot write this surface file; name it {', '.join(MESH_SUFFIXES)}.")
     if suffix == ".vtp":
         from genmed.vtp import encode
 

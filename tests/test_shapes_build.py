@@ -139,6 +139,14 @@ def test_the_same_input_gives_the_same_bytes(built: Path, tmp_path: Path) -> Non
         assert (built / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
 
 
+def test_a_glb_becomes_the_shape_that_a_ply_does(tmp_path: Path) -> None:
+    paths = [save_mesh(stretched(1, 1, 0.7), tmp_path / kind / f"a.{kind}") for kind in ("ply", "glb")]
+    ply, glb = (build(find_items(path.parent).items[0], 32).shape for path in paths)
+    assert ply is not None and glb is not None
+    np.testing.assert_array_equal(glb.sdf, ply.sdf)
+    np.testing.assert_allclose(glb.origin_mm, ply.origin_mm, atol=1e-4)
+
+
 def test_nothing_of_this_machine_is_written(built: Path) -> None:
     here = str(built.parent)
     texts = [path.read_text() for path in (built / "build.json", built / "card.md", built / "reasons.csv")]

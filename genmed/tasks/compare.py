@@ -55,7 +55,7 @@ class Surfaces:
 
 
 def compare_files(paths: Sequence[PathLike], out: PathLike, truth: PathLike | None = None) -> Path:
-    """Write the page that compares meshes (STL, PLY, OBJ, VTP; in mm) and label maps, one column each.
+    """Write the page that compares meshes (STL, PLY, OBJ, VTP, GLB; in mm) and label maps, one column each.
 
     With a `truth`, it is the ghost in every column, and Dice, Chamfer ×100 and UHD ×100 stand below the columns.
     Label maps get a colour for each label where there are 2 to 7 of them in all files. Raises `GenMedError` for files
