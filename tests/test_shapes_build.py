@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -226,19 +227,60 @@ def _wait_for_records(out: Path, run: subprocess.Popen[str] | subprocess.Popen[b
     return done
 
 
+def tasks_of(folder: Path, count: int) -> list[building.Task]:
+    items = find_items(livers(folder / "set", count)).items
+    return [building.Task(item, record_path(folder / "work", item, 32, "mm"), 32, "mm") for item in items]
+
+
+@pytest.fixture
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Worker processes find this file."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
+
+
+@pytest.mark.usefixtures("importable")
 def test_an_item_that_ends_its_process_is_left_out(tmp_path: Path) -> None:
     """A worker that dies takes neither the build nor its neighbours with it."""
-    source = livers(tmp_path / "set", 4)
-    items = find_items(source).items
-    tasks = [building.Task(item, record_path(tmp_path / "work", item, 32, "mm"), 32, "mm") for item in items]
+    tasks = tasks_of(tmp_path, 4)
     deadly = replace(tasks[1], size=-1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
-        mortal = [Mortal(**task.__dict__) for task in [tasks[0], deadly, *tasks[2:]]]
-        done = sum(building._with_processes(mortal, 1))
-    assert done == 4
+    mortal = [Mortal(**task.__dict__) for task in [tasks[0], deadly, *tasks[2:]]]
+    assert sum(building._with_processes(mortal, 1)) == 4
     told = [read_record(task.record).reason for task in tasks]
     assert told.pop(1) == building.CRASHED and told == [""] * 3
+
+
+@pytest.mark.usefixtures("importable")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_item_that_never_ends_is_left_out(tmp_path: Path, workers: int) -> None:
+    tasks = tasks_of(tmp_path, 4)
+    tasks[1] = Endless(**{**tasks[1].__dict__, "deadline_s": 0.5})
+    assert sum(building._with_processes(tasks, workers)) == 4
+    told = [read_record(task.record).reason for task in tasks]
+    assert told == ["", "took longer than 0.5 s", "", ""]
+    assert not list((tmp_path / "work").rglob("*.started"))
+
+
+class Endless(building.Task):
+    """Never comes back from compiled code, in which no other thread of Python can run."""
+
+    def run(self) -> None:
+        building.build = lambda *given: re.match("(a+)+b", 50 * "a")
+        super().run()
+
+
+def test_what_took_too_long_stands_among_the_reasons(tmp_path: Path) -> None:
+    tasks = tasks_of(tmp_path, 3)
+    request = {"size": 32, "unit": "mm", "seed": 0, "unseen": [], "sources": ["set"]}
+    for task in tasks[:2]:
+        task.run()
+    tasks[2].mark.parent.mkdir(exist_ok=True)
+    tasks[2].mark.write_text("Timeout (0:05:00)!")
+    tasks[2].give_up()
+    finished = [(str(k), task.item, read_record(task.record)) for k, task in enumerate(tasks)]
+    assert write_set(tmp_path / "out", finished, [], [], 0, building._command(request)) == (2, 1)
+    assert [(row["path"], row["reason"]) for row in reasons(tmp_path / "out") if row["kept"] == "no"] == [
+        ("000002_liver.stl", f"took longer than {building.DEADLINE_S} s")
+    ]
 
 
 class Mortal(building.Task):
@@ -264,7 +306,7 @@ def test_ray_builds_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         np.testing.assert_array_equal(shapes.stored(i), made.sdf)
 
 
-def test_ray_tries_an_item_twice_whatever_ends_its_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_tries_an_item_twice_unless_it_took_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class OutOfMemoryError(Exception): ...
 
     runs: Counter[str] = Counter()
@@ -272,7 +314,10 @@ def test_ray_tries_an_item_twice_whatever_ends_its_worker(tmp_path: Path, monkey
     def get(batch: list[building.Task]) -> None:
         for task in batch:
             runs[task.item.subject] += 1
-            if task.item.subject == "000001" or runs["000002"] == 1:
+            if task.item.subject == "000003":
+                task.mark.parent.mkdir(parents=True, exist_ok=True)
+                task.mark.write_text("Timeout (0:05:00)!")
+            if task.item.subject in ("000001", "000003") or runs["000002"] == 1:
                 raise OutOfMemoryError
             task.run()
 
@@ -283,11 +328,11 @@ def test_ray_tries_an_item_twice_whatever_ends_its_worker(tmp_path: Path, monkey
                           is_initialized=lambda: True, cluster_resources=dict,
                           wait=lambda running: (running[:1], running[1:]))  # fmt: skip
     monkeypatch.setitem(sys.modules, "ray", ray)
-    items = find_items(livers(tmp_path / "set", 3)).items
-    tasks = [building.Task(item, record_path(tmp_path / "work", item, 32, "mm"), 32, "mm") for item in items]
-    assert sum(building._with_ray(tasks, 1)) == 3
-    assert [read_record(task.record).reason for task in tasks] == ["", building.CRASHED, ""]
-    assert runs == {"000000": 1, "000001": 2, "000002": 2}
+    tasks = tasks_of(tmp_path, 4)
+    assert sum(building._with_ray(tasks, 1)) == 4
+    late = f"took longer than {building.DEADLINE_S} s"
+    assert [read_record(task.record).reason for task in tasks] == ["", building.CRASHED, "", late]
+    assert runs == {"000000": 1, "000001": 2, "000002": 2, "000003": 1}
 
 
 # Label maps
