@@ -20,10 +20,11 @@ import numpy as np
 import pytest
 from real import real_set
 from test_mesh import ball, together
-from test_shape import ellipsoid_mask
+from test_shape import dice, ellipsoid_mask
 from typer.testing import CliRunner
 
 from genmed.cli import app
+from genmed.cue import cue_of_labels
 from genmed.data.shapes import build as building
 from genmed.data.shapes import read_shapes
 from genmed.data.shapes.build import build_shapes
@@ -34,6 +35,9 @@ from genmed.data.split import PARTS
 from genmed.errors import GenMedError
 from genmed.mesh import Mesh, save_mesh
 from genmed.shape import shape_of
+from genmed.shape_model import load_shapes
+from genmed.tasks.complete import complete
+from genmed.train_shapes import train_shapes
 
 
 def stretched(x: float, y: float, z: float, radius_mm: float = 30.0) -> Mesh:
@@ -146,6 +150,23 @@ def test_a_glb_becomes_the_shape_that_a_ply_does(tmp_path: Path) -> None:
     assert ply is not None and glb is not None
     np.testing.assert_array_equal(glb.sdf, ply.sdf)
     np.testing.assert_allclose(glb.origin_mm, ply.origin_mm, atol=1e-4)
+
+
+def test_shapes_of_128_voxels_are_built_trained_on_and_completed(tmp_path: Path) -> None:
+    source, out = livers(tmp_path / "set", 3), tmp_path / "out"
+    result = CliRunner().invoke(app, ["data", "build-shapes", str(source), "--out", str(out), "--size", "128"])
+    assert result.exit_code == 0, result.output
+    shapes = read_shapes(out)
+    assert shapes.size == 128 and shapes.part("train") == (0, 1, 2)
+    assert shapes.to_mesh(0).volume_ml == pytest.approx(stretched(1, 1, 0.7).volume_ml, rel=5e-3)
+    tiny = {"modes": 2, "width": 16, "blocks": 1, "refiner": 4, "batch": 2}
+    model = load_shapes(train_shapes(out, tmp_path / "model", steps=3, **tiny))
+    truth, grid = shapes.sdf(1) < 0, shapes.shape(1).grid
+    seen = (np.indices(truth.shape) == 64).any(axis=0)
+    cue = cue_of_labels(truth, grid.affine, seen)
+    found = complete(model, cue, samples=1)
+    assert found.shapes[0].sdf.shape == (128, 128, 128)
+    assert dice(found.probability(grid) > 0.5, truth) > 0.95
 
 
 def test_nothing_of_this_machine_is_written(built: Path) -> None:
