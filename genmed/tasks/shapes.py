@@ -17,11 +17,10 @@ from genmed.cue import AXES, ROOM, Cue, cue_of_labels, cue_of_points, planes_of
 from genmed.errors import GenMedError
 from genmed.files import require_room, sha256_of, write_bytes, write_json
 from genmed.guide import Diverged
-from genmed.mesh import MESH_SUFFIXES, Mesh, merged, read_mesh, repair, require_libraries, save_mesh, signed_distance
+from genmed.mesh import MESH_SUFFIXES, Mesh, merged, read_mesh, repair, save_mesh, signed_distance
 from genmed.shape import cube
 from genmed.shape_model import ShapeModel
-from genmed.tasks.compare import completion_page, require_page
-from genmed.tasks.compare import surface as surface_of_mask
+from genmed.tasks.compare import Surfaces, completion_page, read_truth
 from genmed.tasks.complete import Completion, Progress, complete, generate
 from genmed.volume import Volume, read, read_labels, require_same_grid
 
@@ -42,6 +41,7 @@ def complete_file(
     samples: int = 12,
     seed: int = 0,
     page: str | Path | None = None,
+    truth: str | Path | None = None,
     command: str = "",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -49,7 +49,8 @@ def complete_file(
 
     With planes or a mask, everything else of PART is unseen, and seen voxels come back as they were. Without both, all
     of PART is seen and none of it is trusted to the voxel; a surface is repaired, of which a fifth may be missing.
-    `page` is an HTML page of what was seen beside its completion. Returns what the manifest says. Raises `GenMedError`.
+    `page` is an HTML page of what was seen beside its completion, and how far both are from the `truth`, if there is
+    one. Returns what the manifest says. Raises `GenMedError`.
     """
     part, out = Path(part).expanduser(), Path(out).expanduser()
     suffix = next((s for s in OUT_SUFFIXES if out.name.lower().endswith(s)), None)
@@ -61,10 +62,8 @@ def complete_file(
     if samples < 1 or seed < 0:
         raise GenMedError(f"--samples {samples} --seed {seed}: samples must be 1 or more, the seed 0 or more.")
     require_room("--out", out)
-    if page is not None:
-        page = Path(page).expanduser()
-        require_page("--page", page)
-        require_libraries()
+    page = None if page is None else Path(page).expanduser()
+    whole = read_truth(page, truth, out)
     warning, embedding = words(model, text)
     wanted = parse_planes(planes)
     label, seen, surface = None, None, None
@@ -97,9 +96,10 @@ def complete_file(
         "seconds": round(found.seconds, 2),
         "out": str(out),
         "page": None if page is None else str(page),
+        "truth": None if truth is None else str(truth),
     }
     made = _made(found, label, seen, cue, suffix)
-    html = "" if page is None else _page(made, label, seen, surface, cue, wanted, part.name, facts)
+    html = "" if page is None else _page(made, label, seen, surface, cue, wanted, whole, part.name, facts)
     if isinstance(made, Volume):
         made.save(out)
     else:
@@ -335,26 +335,27 @@ def _page(
     surface: Mesh | None,
     cue: Cue,
     planes: Mapping[str, Sequence[float]],
+    truth: Surfaces | None,
     name: str,
     facts: Mapping[str, Any],
 ) -> str:
     """What was seen, of a label map or a surface, beside the result."""
     from nibabel.orientations import io_orientation
 
-    if isinstance(made, Volume):
-        if not made.data.any():
-            raise GenMedError(f"{name}: the completion holds no voxel, so there is nothing to show; leave out --page.")
-        made = surface_of_mask(made.data[0] != 0, made.affine)
+    if isinstance(made, Volume) and not made.data.any():
+        raise GenMedError(f"{name}: the completion holds no voxel, so there is nothing to show; leave out --page.")
+    shown: Volume | Mesh | None = surface
     affine, axes = np.eye(4), AXES
     if label is not None:
-        shown = label.data[0] != 0
-        surface = surface_of_mask(shown if seen is None else shown & seen, label.affine)
+        inside = label.data[0] != 0
+        shown = label.like((inside if seen is None else inside & seen).astype(np.uint8))
         affine, world = label.affine, io_orientation(label.affine)[:, 0].astype(int).tolist()
         axes = {plane: world.index(axis) for plane, axis in AXES.items()}
-    assert surface is not None
+    assert shown is not None
+    part, whole = Surfaces("What was seen", shown), Surfaces("Completed", made)
     places = [(axes[plane], at) for plane, several in planes.items() for at in several]
-    corners = [slice_corners(affine, axis, at, made.vertices) for axis, at in places]
-    figures = {"Volume": f"{abs(made.volume_ml):.3g} ml", "Residual": f"{facts['residual_mm']:.2f} mm"}
+    corners = [slice_corners(affine, axis, at, whole.mesh.vertices) for axis, at in places]
     return completion_page(
-        surface, made, corners, cue.voxel_mm, doubtful=cue.doubtful, title=f"{name}, completed", figures=figures
-    )
+        part, whole, corners, cue.voxel_mm,
+        doubtful=cue.doubtful, title=f"{name}, completed", residual_mm=facts["residual_mm"], truth=truth,
+    )  # fmt: skip
