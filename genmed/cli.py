@@ -125,6 +125,10 @@ SliceThickness = Annotated[
     float | None, typer.Option(metavar="MM", help="True slice thickness, if not the slice spacing.")
 ]
 Series = Annotated[str | None, typer.Option(help="DICOM series: description, number or UID.")]
+Truth = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Full shape: a ghost on the page, and the measure of its figures."),
+]
 Uncertainty = Annotated[
     bool,
     typer.Option("--uncertainty", help="Also write <case>.uncertainty.nii.gz: standard deviation over samples."),
@@ -370,6 +374,11 @@ def chain_scans(
         bool, typer.Option("--probabilities", help="Also write <case>.probabilities.nii.gz, one channel a class.")
     ] = False,
     preview: Annotated[bool, typer.Option("--preview", help="Also write <case>.preview.png.")] = False,
+    page: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Of one scan also a page in 3D, .html: the segmentation and its completion."),
+    ] = None,
+    truth: Truth = None,
     as_json: Json = False,
 ) -> None:
     """Segment a degraded scan, or a folder of scans, and complete what the segmentation is unsure of.
@@ -386,7 +395,10 @@ def chain_scans(
         slice_thickness_mm=slice_thickness, series=series, probabilities=probabilities, preview=preview,
         label=label, text=text, shapes=shapes,
     )  # fmt: skip
-    outcome = chain_files(load(segmenter), load_shapes(completer), source, out, options, command=_command_line())
+    outcome = chain_files(
+        load(segmenter), load_shapes(completer), source, out, options,
+        page=page, truth=truth, command=_command_line(),
+    )  # fmt: skip
     for note in dict.fromkeys(note for facts in _results(outcome)["cases"].values() for note in facts["notes"]):
         typer.echo(f"genmed: {note}", err=True)
     typer.echo(_json(_results(outcome)) if as_json else _segmented_text(outcome))
@@ -487,6 +499,7 @@ def complete_shape(
     page: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also a page in 3D, .html: what was seen beside its completion.")
     ] = None,
+    truth: Truth = None,
     as_json: Json = False,
 ) -> None:
     """Complete a structure from planes or a part of it.
@@ -499,7 +512,7 @@ def complete_shape(
 
     facts = complete_file(
         load_shapes(model), part, out, planes=planes, observed=observed, text=text, doubtful=doubtful, samples=samples,
-        seed=seed, probabilities=probabilities, page=page, command=_command_line(),
+        seed=seed, probabilities=probabilities, page=page, truth=truth, command=_command_line(),
     )  # fmt: skip
     _warn(facts, "the model knows no size in mm of this structure: the result is as large as PART says")
     short = f"residual {facts['residual_mm']:.2f} mm, {facts['seconds']:.1f} s -> {facts['out']}"
@@ -540,12 +553,10 @@ def _warn(facts: dict[str, Any], without_scale: str) -> None:
 def view(
     files: Annotated[
         list[Path],
-        typer.Argument(metavar="FILE...", help="Meshes (STL, PLY, OBJ, VTP; in mm) and label maps, 1 to 12."),
+        typer.Argument(metavar="FILE...", help="Meshes (STL, PLY, OBJ, VTP, GLB; in mm) and label maps, 1 to 12."),
     ],
     out: Annotated[Path, typer.Option(help="The page, an .html file.")],
-    truth: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Full shape: a ghost in every column, and the figures' measure.")
-    ] = None,
+    truth: Truth = None,
 ) -> None:
     """Write one HTML page that shows shapes side by side in 3D, turned together.
 

@@ -25,9 +25,8 @@ if TYPE_CHECKING:
     import trimesh
 
 LIBRARIES = ("trimesh", "point_cloud_utils", "skimage", "fast_simplification", "pyarrow")
-MESH_SUFFIXES = (".stl", ".ply", ".obj", ".vtp")
+MESH_SUFFIXES = (".stl", ".ply", ".obj", ".vtp", ".glb")
 PART_SUFFIXES = (*MESH_SUFFIXES, ".xyz")  # surfaces, or points on one
-SAVE_SUFFIXES = (*MESH_SUFFIXES, ".glb")
 UNITS_MM = {"mm": 1.0, "cm": 10.0, "m": 1000.0}
 SMALLEST_MM, LARGEST_MM = 2.0, 3000.0  # longest extent of an anatomical surface; beyond it the unit must be wrong
 MAX_FACES = 50_000  # more changes distances by hundredths of a voxel of 64³ at most, and costs time
@@ -86,12 +85,12 @@ def require_libraries() -> None:
 
 
 def read_mesh(path: str | os.PathLike[str], unit: str = "mm", *, points: bool = False) -> Mesh:
-    """Read a surface from STL, PLY, OBJ or VTP, unrepaired, in mm and RAS+.
+    """Read a surface from STL, PLY, OBJ, VTP or GLB, unrepaired, in mm and RAS+.
 
     `unit` is that of the file: mm, cm or m. Where the header says SPACE=LPS, as 3D Slicer's does
-    (https://discourse.slicer.org/t/10446), x and y are turned; vertices of no face are dropped. With `points`, a file
-    (also XYZ) may hold vertices alone. Raises `GenMedError` for files that hold no triangles, numbers that are not
-    finite, and extents that no anatomical structure has in this unit.
+    (https://discourse.slicer.org/t/10446), x and y are turned; vertices of no face are dropped. Parts of a GLB are
+    joined, each in its place. With `points`, a file (also XYZ) may hold vertices alone. Raises `GenMedError` for files
+    that hold no triangles, numbers that are not finite, and extents that no anatomical structure has in this unit.
     """
     path = Path(path).expanduser()
     if unit not in UNITS_MM:
@@ -127,12 +126,12 @@ def read_mesh(path: str | os.PathLike[str], unit: str = "mm", *, points: bool = 
 def save_mesh(mesh: Mesh, path: str | os.PathLike[str]) -> Path:
     """Write STL, PLY, OBJ, VTP or GLB, coordinates in mm as they are; the file appears whole or never.
 
-    All but GLB say SPACE=RAS, without which 3D Slicer would take them as LPS.
+    All but GLB, which has no place for it, say SPACE=RAS, without which 3D Slicer would take them as LPS.
     """
     path = Path(path).expanduser()
     suffix = path.suffix.lower()
-    if suffix not in SAVE_SUFFIXES:
-        raise GenMedError(f"{path}: cannot write this surface file; name it {', '.join(SAVE_SUFFIXES)}.")
+    if suffix not in MESH_SUFFIXES:
+        raise GenMedError(f"{path}: cannot write this surface file; name it {', '.join(MESH_SUFFIXES)}.")
     if suffix == ".vtp":
         from genmed.vtp import encode
 

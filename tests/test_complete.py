@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import zlib
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from test_cli import failed_in_one_line
+from test_comparison import scene_of
 from test_mesh import ball, together
 from test_shape import AFFINES, dice
 from tiny_shapes import EXTENT_MM, RADII, ellipsoid_distance
@@ -368,6 +370,30 @@ def test_a_page_shows_what_was_seen_beside_the_completion(part: Path, folder: Pa
     assert json.loads((tmp_path / "out.manifest.json").read_text())["page"] == str(page)
 
 
+def figures_of(page: str) -> list[dict[str, str]]:
+    columns = re.findall(r"<figcaption>(.*?)</figcaption>", page)
+    return [dict(re.findall(r"<dt>(.*?)</dt> <dd>(.*?)</dd>", column)) for column in columns]
+
+
+def test_a_truth_is_a_ghost_and_measures_both_columns(part: Path, folder: Path, tmp_path: Path) -> None:
+    pages, out = [], tmp_path / "out.nii.gz"
+    for truth in ([], ["--truth", part]):
+        result = genmed("complete", part, "--model", folder, "--out", out, "--samples", 1, "--planes", TRIPLE,
+                        "--page", tmp_path / "page.html", *truth)  # fmt: skip
+        assert result.exit_code == 0, result.output
+        pages.append(((tmp_path / "page.html").read_text("utf-8"), out.read_bytes()))
+    (plain, before), (page, after) = pages
+    assert before == after  # nothing but the page looks at the truth
+    assert scene_of(plain)["ghost"] is None and scene_of(page)["ghost"]
+    seen, completed = figures_of(page)
+    slabs = planes_of(gm.read_labels(part), {"axial": [14], "coronal": [18], "sagittal": [17]}) & kidney()
+    assert seen["Dice"] == f"{dice(slabs, kidney()):.3f}"
+    assert completed["Dice"] == f"{dice(gm.read_labels(out).data[0] != 0, kidney()):.3f}" > "0.85"
+    assert float(completed["UHD ×100"]) < float(seen["UHD ×100"]) and "Chamfer ×100" in seen
+    assert not any("Dice" in column for column in figures_of(plain))
+    assert json.loads((tmp_path / "out.manifest.json").read_text())["truth"] == str(part)
+
+
 @pytest.mark.parametrize("planes", [[], ["--planes", "axial=75,sagittal=198"]])
 def test_a_page_of_a_surface_shows_matter_that_does_not_belong(planes: list[str], folder: Path, tmp_path: Path) -> None:
     radii = np.array(RADII["kidney"]) * EXTENT_MM["kidney"] / 2
@@ -423,6 +449,9 @@ def test_generate_writes_surfaces_and_what_they_are(folder: Path, tmp_path: Path
         (["--seed", -1], ["seed"]),
         (["--out", "out.txt"], ["out.txt", ".stl"]),
         (["--page", "page.txt"], ["--page page.txt", "page.html"]),
+        (["--truth", "part.nii.gz"], ["--truth part.nii.gz", "--page"]),
+        (["--page", "page.html", "--truth", "nowhere.stl"], ["nowhere.stl", "not found"]),
+        (["--page", "page.html", "--truth", "out.nii.gz"], ["out.nii.gz", "overwrite the truth"]),
         (["--model", "hippocampus-mr"], ["model of images"]),
         (["--observed", "nowhere.nii.gz"], ["nowhere.nii.gz"]),
     ],
@@ -432,7 +461,7 @@ def test_bad_options_give_one_line_and_no_file(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     chosen: dict[object, object] = {"--model": folder, "--out": "out.nii.gz"}
-    chosen |= {options[0]: options[1]}
+    chosen |= dict(zip(options[::2], options[1::2], strict=True))
     result = genmed("complete", part, *(word for pair in chosen.items() for word in pair))
     failed_in_one_line(result, *words)
     assert [path.name for path in tmp_path.iterdir()] == ["part.nii.gz"]

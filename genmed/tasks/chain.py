@@ -19,13 +19,16 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
+from genmed.comparison import slice_corners
 from genmed.cue import cue_of_labels
 from genmed.errors import GenMedError
+from genmed.files import write_bytes
 from genmed.guide import Diverged
 from genmed.hub import Model
 from genmed.plan import Plan
 from genmed.shape_model import ShapeModel
 from genmed.space import Space, on_grid
+from genmed.tasks.compare import Surfaces, read_truth, shapes_page, surfaces_of
 from genmed.tasks.complete import Completion, complete
 from genmed.tasks.run import Made, Options, Outcome, Task, made_of, run_cases
 from genmed.tasks.segment import Progress, Segmentation, segment
@@ -53,11 +56,13 @@ class Chained:
     """What `chain` found.
 
     `segmentation` is that of `segment` with labels and probabilities after completion, and volumes of single labels
-    over completed shapes. `completed` holds facts by name of the structure. `notes` say which structures were left
-    as segmented, and why, and of which the completion model knows no size.
+    over completed shapes. `before` is what `segment` found on the working grid. `completed` holds facts by name of the
+    structure. `notes` say which structures were left as segmented, and why, and of which the completion model knows no
+    size.
     """
 
     segmentation: Segmentation
+    before: Segmentation
     completed: dict[str, dict[str, Any]]
     notes: tuple[str, ...]
 
@@ -154,7 +159,7 @@ def complete_all(
         like, classes = Volume(np.zeros((1, *target.shape), np.uint8), target.affine), whole.argmax(axis=0)
     labels = like.like(values[classes][None], names)
     result = replace(found, labels=labels, probabilities=like.like(whole, {}), volume_ml=volumes)
-    return Chained(result, facts, tuple(notes))
+    return Chained(result, found, facts, tuple(notes))
 
 
 def completed(
@@ -333,19 +338,30 @@ def chain_files(
     out: str | Path,
     options: ChainOptions | None = None,
     *,
+    page: Path | None = None,
+    truth: Path | None = None,
     command: str = "",
 ) -> Outcome:
-    """Segment and complete everything at `source`; files as of `genmed.tasks.run.segment_files`."""
+    """Segment and complete everything at `source`; files as of `genmed.tasks.run.segment_files`.
+
+    Of one scan, and with a file `out`, `page` is an HTML page of the segmentation beside its completion, and how far
+    both are from the `truth`, if there is one.
+    """
     options = replace(options or ChainOptions(), complete_sha256=completer.sha256)
+    whole = read_truth(page, truth, Path(out))
+    if page is not None and not Path(out).name.lower().endswith(".nii.gz"):
+        raise GenMedError(f"--page {page}: shows one scan; give one, and a file name.nii.gz as --out.")
     structures_of(segmenter.plan, completer, options.label, options.text)  # what is wrong ends here, not in every case
-    task = Task("chain", partial(_chained, segmenter, completer, options), options.endings, measures=True)
-    return run_cases(task, segmenter, source, out, options, command)
+    make = partial(_chained, segmenter, completer, options, page, whole)
+    return run_cases(Task("chain", make, options.endings, measures=True), segmenter, source, out, options, command)
 
 
 def _chained(
     segmenter: Model,
     completer: ShapeModel,
     options: ChainOptions,
+    page: Path | None,
+    truth: Surfaces | None,
     id: str,
     scan: Volume,
     observed: Volume | None,
@@ -357,4 +373,48 @@ def _chained(
     )  # fmt: skip
     made = made_of(found.segmentation, segmenter.plan, options, id, scan, observed)
     facts = {"completion_model": completer.plan.name, "completed": found.completed, "notes": list(found.notes)}
-    return replace(made, facts=made.facts | facts)
+    files = dict(made.files)
+    if page is not None:
+        alone = complete_all(
+            completer, segmenter.plan, scan, found.before, (),
+            grid=options.grid, observed=observed, roi_mm=options.roi_mm,
+        )  # fmt: skip
+        labels = found.segmentation.labels
+        html = chain_page(alone.segmentation.labels, labels, observed, truth, title=f"{id}, segmented and completed")
+        files["nii.gz"] = partial(_save_both, page, html, labels)
+    return replace(made, files=files, facts=made.facts | facts)
+
+
+def _save_both(page: Path, html: str, labels: Volume, path: Path) -> None:
+    write_bytes(page, html.encode("utf-8", "replace"))
+    labels.save(path)
+
+
+# The page -------------------------------------------------------------------------------------------------
+
+
+def chain_page(
+    alone: Volume, completed: Volume, observed: Volume | None, truth: Surfaces | None = None, *, title: str
+) -> str:
+    """The segmentation alone beside its completion, with the slices that were seen, against a truth.
+
+    Raises `GenMedError` where nothing was found.
+    """
+    if not (alone.data.any() and completed.data.any()):
+        raise GenMedError("no structure was found, so there is nothing to show; leave out --page.")
+    shapes = [surfaces_of(name, labels) for name, labels in (("Segmentation alone", alone), ("Completed", completed))]
+    planes = []
+    if observed is not None:
+        vertices = np.concatenate([shape.mesh.vertices for shape in shapes])
+        planes = [slice_corners(observed.affine, axis, at, vertices) for axis, at in seen_slices(observed.data[0] != 0)]
+    return shapes_page([(shape.name, shape) for shape in shapes], truth, title=title, planes=planes)
+
+
+def seen_slices(seen: Bool[np.ndarray, "x y z"]) -> list[tuple[int, int]]:
+    """Array axes and indices of slices that were seen as a whole; of neighbouring ones the first and the last."""
+    found = []
+    for axis in range(3):
+        whole = seen.all(axis=tuple(other for other in range(3) if other != axis))
+        inner = np.convolve(whole, [1, 1, 1], "same") == 3
+        found += [(axis, int(at)) for at in np.flatnonzero(whole & ~inner) if not whole.all()]
+    return found

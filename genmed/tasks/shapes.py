@@ -25,14 +25,12 @@ from genmed.mesh import (
     one_way_round,
     read_mesh,
     repair,
-    require_libraries,
     save_mesh,
     signed_distance,
 )  # fmt: skip
 from genmed.shape import cube
 from genmed.shape_model import ShapeModel
-from genmed.tasks.compare import completion_page, require_page, together
-from genmed.tasks.compare import surface as surface_of_mask
+from genmed.tasks.compare import Surfaces, completion_page, read_truth, together
 from genmed.tasks.complete import Completion, Progress, complete, generate
 from genmed.tasks.region import cue_of_cloud, cue_of_region
 from genmed.volume import Volume, read, read_labels, require_same_grid
@@ -56,6 +54,7 @@ def complete_file(
     seed: int = 0,
     probabilities: bool = False,
     page: str | Path | None = None,
+    truth: str | Path | None = None,
     command: str = "",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -64,7 +63,8 @@ def complete_file(
     With planes or a mask, everything else of PART is unseen, and seen voxels come back as they were, unless the cue is
     `doubtful`. Without both, all of PART is seen and none of it is trusted to the voxel; a surface is repaired, of
     which a fifth may be missing. `probabilities` writes the share of samples in every voxel, too. `page` is an HTML
-    page of what was seen beside its completion. Returns what the manifest says. Raises `GenMedError`.
+    page of what was seen beside its completion, and how far both are from the `truth`, if there is one. Returns what
+    the manifest says. Raises `GenMedError`.
     """
     part, out = Path(part).expanduser(), Path(out).expanduser()
     suffix = next((s for s in OUT_SUFFIXES if out.name.lower().endswith(s)), None)
@@ -79,10 +79,8 @@ def complete_file(
     if samples < 1 or seed < 0:
         raise GenMedError(f"--samples {samples} --seed {seed}: samples must be 1 or more, the seed 0 or more.")
     require_room("--out", out)
-    if page is not None:
-        page = Path(page).expanduser()
-        require_page("--page", page)
-        require_libraries()
+    page = None if page is None else Path(page).expanduser()
+    whole = read_truth(page, truth, out)
     warning, embedding = words(model, text)
     wanted = parse_planes(planes)
     label, seen, surface = None, None, None
@@ -118,9 +116,10 @@ def complete_file(
         "out": str(out),
         "probabilities": None if chances is None else str(chances),
         "page": None if page is None else str(page),
+        "truth": None if truth is None else str(truth),
     }
     made, chance = _made(found, label, seen, cue, suffix)
-    html = "" if page is None else _page(made, label, seen, surface, cue, wanted, part.name, facts)
+    html = "" if page is None else _page(made, label, seen, surface, cue, wanted, whole, part.name, facts)
     if chances is not None and chance is not None:
         chance.save(chances)
     if isinstance(made, Volume):
@@ -353,26 +352,27 @@ def _page(
     surface: Mesh | None,
     cue: Cue,
     planes: Mapping[str, Sequence[float]],
+    truth: Surfaces | None,
     name: str,
     facts: Mapping[str, Any],
 ) -> str:
     """What was seen, of a label map or a surface, beside the result."""
     from nibabel.orientations import io_orientation
 
-    if isinstance(made, Volume):
-        if not made.data.any():
-            raise GenMedError(f"{name}: the completion holds no voxel, so there is nothing to show; leave out --page.")
-        made = surface_of_mask(made.data[0] != 0, made.affine)
+    if isinstance(made, Volume) and not made.data.any():
+        raise GenMedError(f"{name}: the completion holds no voxel, so there is nothing to show; leave out --page.")
+    shown: Volume | Mesh | None = surface
     affine, axes = np.eye(4), AXES
     if label is not None:
-        shown = label.data[0] != 0
-        surface = surface_of_mask(shown if seen is None else shown & seen, label.affine)
+        inside = label.data[0] != 0
+        shown = label.like((inside if seen is None else inside & seen).astype(np.uint8))
         affine, world = label.affine, io_orientation(label.affine)[:, 0].astype(int).tolist()
         axes = {plane: world.index(axis) for plane, axis in AXES.items()}
-    assert surface is not None
+    assert shown is not None
+    part, whole = Surfaces("What was seen", shown), Surfaces("Completed", made)
     places = [(axes[plane], at) for plane, several in planes.items() for at in several]
-    corners = [slice_corners(affine, axis, at, made.vertices) for axis, at in places]
-    figures = {"Volume": f"{abs(made.volume_ml):.3g} ml", "Residual": f"{facts['residual_mm']:.2f} mm"}
+    corners = [slice_corners(affine, axis, at, whole.mesh.vertices) for axis, at in places]
     return completion_page(
-        surface, made, corners, cue.voxel_mm, doubtful=cue.doubtful, title=f"{name}, completed", figures=figures
-    )
+        part, whole, corners, cue.voxel_mm,
+        doubtful=cue.doubtful, title=f"{name}, completed", residual_mm=facts["residual_mm"], truth=truth,
+    )  # fmt: skip
