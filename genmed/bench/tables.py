@@ -286,8 +286,8 @@ OTHER_CONTRASTS = (
         for seed in range(5)
     ),
 )  # fmt: skip
-HIPPOCAMPUS = {row.name: row for row in (*HIPPOCAMPUS_DEGRADED, *OTHER_CONTRASTS)}
-CONFIRMED = tuple(HIPPOCAMPUS[name] for name in ("clean", "8 mm voxels", "4 slices", "inverted"))
+HIPPOCAMPUS_INPUTS = {row.name: row for row in (*HIPPOCAMPUS_DEGRADED, *OTHER_CONTRASTS)}
+CONFIRMED = tuple(HIPPOCAMPUS_INPUTS[name] for name in ("clean", "8 mm voxels", "4 slices", "inverted"))
 LGE = Input("late enhancement scans (mscmr_lge)", folder="mscmr_lge")
 CHAMBERS = dict(zip(HEART_V1, ("MYO", "LA", "LV", "RA", "RV"), strict=True))  # TotalSegmentator v1 -> MM-WHS
 OTHER_CT = Input("another CT set (mmwhs_ct)", folder="mmwhs_ct", labels=CHAMBERS)
