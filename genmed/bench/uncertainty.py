@@ -212,8 +212,8 @@ def read_findings(out: Path) -> Findings:
     found: Findings = {}
     for row in _read_csv(out / CASES, CASE_COLUMNS):
         name, id, how = row["input"], row["case"], (row["mode"], row["match"])
-        numbers = (float(row[warning]) for warning in ("surprise_plain", "surprise", "residual"))
-        warnings = *numbers, row["doubtful"] == "1"
+        plain, surprise, residual = (float(row[number]) for number in ("surprise_plain", "surprise", "residual"))
+        warnings = plain, surprise, residual, row["doubtful"] == "1"
         empty = Finding(name, id, {}, {}, {}, *warnings, *how, float(row["seconds"]))
         finding = found.setdefault((name, id), empty)
         low_high = (float(row[f"volume_ml_{name}"]) for name in ("mean", "low", "high"))
