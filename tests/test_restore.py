@@ -10,6 +10,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,9 +21,10 @@ from typer.testing import CliRunner
 
 import genmed
 from genmed import hub
-from genmed.bench.restore import fidelity, interpolated
+from genmed.bench import restore as bench
+from genmed.bench.restore import fidelity, interpolated, matched, on_scale, total_variation
 from genmed.cli import app
-from genmed.degrade import coarser, inverted, keep_slices
+from genmed.degrade import coarser, gamma, gaussian_noise, inverted, keep_slices
 from genmed.errors import GenMedError
 from genmed.hub import Model
 from genmed.space import Space
@@ -501,3 +503,73 @@ def test_fidelity_is_that_of_the_channels_on_their_own_ranges() -> None:
     assert fidelity(off, truth).psnr == pytest.approx(20, abs=0.05)
     assert fidelity(truth, truth).ssim == pytest.approx(1)
     assert fidelity(inverted(Volume(truth, np.eye(4))).scan.data, truth).ssim < 0.2
+
+
+def halves() -> np.ndarray:
+    """A bright and a dark half, (1, 16, 16, 16)."""
+    return np.where(np.indices((16, 16, 16))[:1] < 8, 0.0, 100.0).astype(np.float32)
+
+
+def test_total_variation_takes_noise_from_flat_regions_at_the_strength_that_the_truth_likes_best(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    truth = halves()
+    noisy = gaussian_noise(Volume(truth, np.eye(4)), 0.5)
+    quiet = total_variation(noisy, PLAN, truth)
+    assert fidelity(quiet, truth).psnr > fidelity(noisy.scan.data, truth).psnr + 6
+    each = []
+    for strength in bench.STRENGTHS:
+        monkeypatch.setattr(bench, "STRENGTHS", (strength,))
+        each.append(fidelity(total_variation(noisy, PLAN, truth), truth).psnr)
+    assert fidelity(quiet, truth).psnr == max(each) > min(each)
+
+
+def test_histogram_matching_undoes_rising_maps_and_no_others() -> None:
+    scan = Volume(picture((16, 16, 16)).data, np.eye(4))
+    rising, falling = gamma(scan, 2), inverted(scan)
+    assert fidelity(matched(rising, PLAN, scan.data), scan.data).psnr > 30
+    assert fidelity(matched(falling, PLAN, scan.data), scan.data).psnr < 20
+    np.testing.assert_allclose(on_scale(falling.scan.data, scan.data), scan.data, atol=1e-3)
+
+
+def test_bench_has_every_row_of_every_table_beside_its_peers(
+    model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def nearly(task: str) -> Any:
+        def found(model: Model, scan: Volume, **options: Any) -> Restoration:
+            asked.append(task)
+            truth = Volume(picture((24, 16, 16)).data, np.eye(4))
+            return Restoration(gaussian_noise(truth, 0.1).scan, 0.0, "none", 2.0, 0)
+
+        return found
+
+    monkeypatch.setattr(bench, "restore", nearly("restore"))
+    monkeypatch.setattr(bench, "translate", nearly("translate"))
+    image = picture((24, 16, 16)).data
+    ids = ["hippocampus_001", "hippocampus_003"]
+    folder = tiny.write_msd(tmp_path, "Hippocampus", PLAN.labels, {id: (image, np.zeros_like(image)) for id in ids})
+    (folder / "split.json").write_text(json.dumps({"dataset": "Hippocampus", "train": [], "tune": ids, "report": []}))
+    bench.run(model, folder, "tune", None, 1, split=folder / "split.json")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    rows = {line.split(" | ")[0][2:]: line.strip("| ").split(" | ") for line in lines}
+    assert list(rows) == [
+        "input", "4 mm voxels", "8 mm voxels", "8 slices", "4 slices", "Gaussian noise 0.5", "inverted", "tent"
+    ]  # fmt: skip
+    assert asked == 2 * 5 * ["restore"] + 2 * 2 * ["translate"]
+    assert [len(rows[name]) for name in ("4 slices", "Gaussian noise 0.5", "tent")] == [8, 8, 6]
+    ours = fidelity(gaussian_noise(Volume(image, np.eye(4)), 0.1).scan.data, image)
+    assert rows["8 slices"][-3:-1] == [f"{x:.{n}f} ({x:.{n}f} to {x:.{n}f})" for x, n in zip(ours, (2, 3), strict=True)]
+    titles = [line for line in lines if line.startswith("| input")]
+    for peer, title in zip(("cubic", "total variation", "histogram matching"), titles, strict=True):
+        assert f"| {peer} PSNR | {peer} SSIM | GenMed PSNR |" in title
+
+
+def test_bad_input_of_the_bench_is_one_line_and_exit_code_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["restore", "--data", str(tmp_path / "none")])
+    with pytest.raises(SystemExit) as stop:
+        bench.main()
+    assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
