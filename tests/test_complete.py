@@ -428,6 +428,12 @@ def test_a_text_that_is_not_of_one_known_structure_is_said_and_not_used(
     assert made.exit_code == 0 and f'"{words}" {why}; going on without text' in made.stderr
 
 
+def test_a_side_that_a_structure_has_not_is_left_out(blank: ShapeModel) -> None:
+    warning, found = shapes.words(blank, "left kidney")
+    assert 'going on with "kidney"' in warning
+    assert torch.equal(found, embed(["kidney"])[0])
+
+
 def test_generate_writes_surfaces_and_what_they_are(folder: Path, tmp_path: Path) -> None:
     result = genmed("generate", "--model", folder, "--text", "left kidney", "-n", 3, "--out", tmp_path / "made")
     assert result.exit_code == 0, result.output

@@ -184,14 +184,20 @@ def _generated(folder: Path) -> set[str]:
 
 
 def words(model: ShapeModel, text: str | None) -> tuple[str, Any]:
-    """A warning, or nothing, and the sentence embedding of a text that names one known structure, or None."""
+    """A warning, or nothing, and the sentence embedding of a text that names one known structure, or None.
+
+    Of a text whose side is all that is wrong, the structure's name is taken.
+    """
     from genmed.text import embed, understand
 
     if text is None:
         return "", None
     named = understand(text, model.plan.categories)
     if isinstance(named, str):
-        return f'"{text}" {named}; going on without text', None
+        other = understand(re.sub(r"(?i)\b(left|right)\b", "", text), model.plan.categories)
+        if isinstance(other, str):
+            return f'"{text}" {named}; going on without text', None
+        return f'"{text}" {named}; going on with "{other.category}"', embed([other.category])[0]
     return "", embed([text])[0]
 
 
