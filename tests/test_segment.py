@@ -198,6 +198,35 @@ def test_a_scan_larger_than_the_training_crops_is_refused_with_advice(model: Mod
 
 
 @pytest.mark.parametrize(
+    ("voxel_mm", "problem"),
+    [
+        (0.1, r"covers 4 × 4 × 4 mm.* at most 40 × 40 × 40 mm.*repair the header if its voxels of 0.1 × 0.1 × 0.1 mm"),
+        (10, r"covers 400 × 400 × 400 mm.*repair the header if its voxels of 10 × 10 × 10 mm are wrong"),
+        (1, None),
+    ],
+)
+def test_a_spacing_that_is_ten_times_wrong_is_refused(voxel_mm: float, problem: str | None) -> None:
+    image = scan((40, 40, 40), np.diag([voxel_mm] * 3 + [1]))
+    if problem is None:
+        assert View.of(PLAN, image).extent_share == 1
+    else:
+        with pytest.raises(GenMedError, match=problem):
+            View.of(PLAN, image)
+
+
+@pytest.mark.parametrize("mode", ["conditional", "restore-then-condition"])
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_spacing_that_is_ten_times_too_small_along_one_axis_makes_the_result_doubtful(
+    model: Model, mode: str, axis: int
+) -> None:
+    spacing = np.ones(4)
+    spacing[axis] = 0.1
+    found = segment(model, scan((16, 16, 16), np.diag(spacing)), mode=mode, match="none", samples=1)
+    assert found.doubtful and "along an axis it covers 4.0%" in found.doubts[-1]
+    assert not any("along an axis" in line for line in segment(model, scan(), mode="conditional").doubts)
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"mode": "magic"}, "mode 'magic' is unknown; choose one of auto"),
@@ -252,7 +281,12 @@ def found_with(**facts: Any) -> Segmentation:
         ({"residual": float("nan")}, ["residual nan"]),
         ({"residual": 15.0, "match": "lncc"}, []),
         ({"observed_share": 0.009}, ["0.9% of what was found was observed"]),
-        ({"surprise": 9.0, "residual": 9.0, "observed_share": 0.0}, ["surprise", "residual", "0.0%"]),
+        ({"extent_share": 0.19}, ["covers 19.0% of the field of view"]),
+        ({"extent_share": 0.2}, []),
+        (
+            {"surprise": 9.0, "residual": 9.0, "observed_share": 0.0, "extent_share": 0.1},
+            ["surprise", "residual", "0.0%", "10.0%"],
+        ),
     ],
 )
 def test_every_reason_for_doubt_is_told(facts: dict[str, Any], why: list[str]) -> None:

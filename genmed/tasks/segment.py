@@ -24,7 +24,7 @@ from genmed.plan import Plan
 from genmed.samplers import Denoise, euler, noise, schedule, seeded, time_travel
 from genmed.space import Intensity, Space
 from genmed.surprise import DRAWS, LIMIT, features, histogram, surprise, typical_histogram
-from genmed.tasks.view import View
+from genmed.tasks.view import SMALLEST_EXTENT, View
 from genmed.tiles import tiled, tiled_logits
 from genmed.volume import Volume
 
@@ -77,8 +77,9 @@ class Segmentation:
     in conditional mode, which takes the image as exact. `surprise` says how far the pair of image and label is
     from clean cases, in standard deviations over these (None for a model that has not measured them).
     `observed_share` is the share of the found structures that was observed, on the working grid (of the field of view,
-    where nothing was found). `doubts` judges all three. `slice_thickness_mm` is what slices were taken to average,
-    `widened` tells that unseen tissue was restored round a small field of view.
+    where nothing was found). `extent_share` is the share of the field of view seen in training that the scan covers
+    along the axis with the least of it. `doubts` judges all four. `slice_thickness_mm` is what slices were taken to
+    average, `widened` tells that unseen tissue was restored round a small field of view.
     """
 
     labels: Volume
@@ -94,6 +95,7 @@ class Segmentation:
     slice_thickness_mm: float | None = None
     widened: bool = False
     observed_share: float = 1.0
+    extent_share: float = 1.0
 
     @property
     def doubts(self) -> tuple[str, ...]:
@@ -105,6 +107,11 @@ class Segmentation:
             lines.append(f"what was observed is not explained (residual {self.residual:.1f}, above {RESIDUAL_LIMIT:g})")
         if self.observed_share < LEAST_OBSERVED:
             lines.append(f"{self.observed_share:.1%} of what was found was observed, the rest is the model's guess")
+        if self.extent_share < SMALLEST_EXTENT:
+            lines.append(
+                f"along an axis it covers {self.extent_share:.1%} of the field of view that the model was trained on: "
+                "check the voxel spacing in its header"
+            )
         return tuple(lines)
 
     @property
@@ -459,7 +466,8 @@ def _result(
     return Segmentation(
         labels=labels, probabilities=chances, volume_ml=_volumes(plan, space, soft), residual=found.residual,
         surprise=found.surprise, mode=found.mode, match=found.match, slice_thickness_mm=view.slice_thickness_mm,
-        widened=found.widened, observed_share=observed_share(view, mean), seconds=seconds, seed=seed, image=restored,
+        widened=found.widened, observed_share=observed_share(view, mean), extent_share=view.extent_share, seconds=seconds,
+        seed=seed, image=restored,
     )  # fmt: skip
 
 

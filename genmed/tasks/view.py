@@ -22,6 +22,7 @@ from genmed.volume import Volume, check_image, require_3d, require_same_grid
 COARSE = 1.5  # voxels this much larger than the working spacing are an observation, not something to interpolate
 ROUNDING = 1.01  # of a slice thickness in a header
 LARGEST_EXTENT = 1.6  # field of view that is believed, in units of the largest one seen in training
+SMALLEST_EXTENT = 0.2  # along an axis, in the same units: below it, the header or the result is doubtful
 SIGMA_Y = 0.05  # noise of an observed voxel, in standard deviations of the image
 FEWEST_VOXELS = 500  # that an estimate of the noise needs
 NOISY = 0.2  # noise that is taken for noise rather than texture; above it the estimate is SIGMA_Y
@@ -44,6 +45,7 @@ class View:
     slice_thickness_mm: float | None = None
     room: tuple[int, int, int] = (0, 0, 0)  # working voxels by which the training patches are larger
     margins: tuple[tuple[int, int], ...] = ((0, 0), (0, 0), (0, 0))  # unseen voxels round the working grid
+    extent_share: float = 1.0  # of the field of view seen in training, along the axis with the least of it
 
     @property
     def coarse(self) -> bool:
@@ -151,7 +153,7 @@ class View:
             )
         _check_thickness(scan, slice_thickness_mm)
         space = Space.fit(scan.grid, plan.spacing_mm, slice_axis_last=plan.thick_slices, roi_mm=roi_mm)
-        _check_extent(plan, space, scan)
+        extent_share = _checked_extent(plan, space, scan)
         fine, seen = space.orient(data), space.orient(mask[None].astype(np.float32))
         if not seen.any():
             raise GenMedError(f"{scan.path or 'scan'}: nothing was observed in the region; check --observed and --roi.")
@@ -172,7 +174,7 @@ class View:
         return cls(
             space, intensity, torch.from_numpy(y).float()[None] * visible, visible,
             tuple(torch.from_numpy(m).float() for m in matrices),  # type: ignore[arg-type]
-            tuple(coarse_axes), slice_thickness_mm, _room(plan, space),  # type: ignore[arg-type]
+            tuple(coarse_axes), slice_thickness_mm, _room(plan, space), extent_share=extent_share,  # type: ignore[arg-type]
         )  # fmt: skip
 
 
@@ -203,14 +205,19 @@ def _check_thickness(scan: Volume, slice_thickness_mm: float | None) -> None:
         )
 
 
-def _check_extent(plan: Plan, space: Space, scan: Volume) -> None:
+def _checked_extent(plan: Plan, space: Space, scan: Volume) -> float:
+    """Least share of the training's field of view that an axis covers; an error where no axis can be believed."""
     size = [n * s for n, s in zip(space.model.shape, space.model.spacing_mm, strict=True)]
-    if any(mm > LARGEST_EXTENT * seen for mm, seen in zip(size, plan.extent_mm, strict=True)):
-        covered, trained = (" × ".join(f"{mm:.0f}" for mm in box) for box in (size, plan.extent_mm))
-        raise GenMedError(
-            f"{scan.path or 'scan'}: covers {covered} mm, but model '{plan.name}' was trained on crops of at most "
-            f"{trained} mm; give --roi with a box of that size around the structure."
-        )
+    shares = [mm / seen for mm, seen in zip(size, plan.extent_mm, strict=True)]
+    if max(shares) <= LARGEST_EXTENT and max(shares) >= SMALLEST_EXTENT:
+        return min(shares)
+    covered, trained = (" × ".join(f"{round(mm, 1):g}" for mm in box) for box in (size, plan.extent_mm))
+    spacing = " × ".join(f"{mm:.3g}" for mm in scan.spacing_mm)
+    advice = "give --roi with a box of that size around the structure" if max(shares) > 1 else "give more of the scan"
+    raise GenMedError(
+        f"{scan.path or 'scan'}: covers {covered} mm, but model '{plan.name}' was trained on crops of at most "
+        f"{trained} mm; {advice}, or repair the header if its voxels of {spacing} mm are wrong."
+    )
 
 
 def _piecewise(
