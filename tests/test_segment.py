@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,7 +11,9 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from genmed.cli import app
 from genmed.denoiser import Denoiser, build
 from genmed.errors import GenMedError
 from genmed.hub import Card, Model, save_model
@@ -26,7 +29,7 @@ from genmed.tasks.segment import (
     observed_share,
     segment,
 )
-from genmed.tasks.view import SIGMA_Y, View, _fill_hidden, noise_level, slice_profile
+from genmed.tasks.view import SIGMA_Y, View, _fill_hidden, noise_level, seen_slices, slice_profile
 from genmed.volume import Volume
 
 PLAN = replace(tiny.PLAN, label_values=(0, 1, 5))
@@ -149,6 +152,66 @@ def _content(path: Path) -> bytes:
     import gzip
 
     return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("fill", [0.0, -1024.0])
+def test_empty_slices_between_others_are_unseen(axis: int, fill: float) -> None:
+    mask = np.zeros((12, 12, 12), np.uint8)
+    mask.swapaxes(0, axis)[[2, 5, 9]] = 1
+    whole = scan((12, 12, 12))
+    observed, notes = seen_slices(whole.like(np.where(mask, whole.data, np.float32(fill))))
+    assert observed is not None and np.array_equal(observed.data[0], mask)
+    assert len(notes) == 1 and f"9 of 12 slices along array axis {axis}" in notes[0]
+
+
+def several_channels(*channels: np.ndarray) -> Volume:
+    return Volume(np.stack(channels).astype(np.float32), np.eye(4))
+
+
+def test_slices_are_hidden_only_where_nothing_else_explains_them() -> None:
+    noise, places = scan((12, 12, 12)).data[0], np.arange(12)
+    two_empty = np.where(np.isin(places, (4, 7)), 0, noise)
+    outer_empty = np.where((places > 2) & (places < 7), noise, 0)
+    almost = np.where(places % 4 == 1, noise, 0)
+    almost[0, 0, places % 4 != 1] = 1e-3
+    cut_out = np.zeros((12, 12, 12))
+    cut_out[3:8, 3:8, 1:4] = cut_out[3:8, 3:8, 8:11] = noise[:5, :5, :3]  # two organs on a background of zeros
+    striped = np.where(places % 4 == 1, noise, 0) * (places % 4 == 1)[:, None]
+    for data in (noise, two_empty, outer_empty, almost, cut_out, striped, 0 * noise):
+        assert seen_slices(several_channels(data)) == (None, ())
+    empty = np.where(places % 4 == 1, noise, 0)
+    assert seen_slices(several_channels(empty, noise)) == (None, ())
+    observed, _ = seen_slices(several_channels(empty, 2 * empty + 7))
+    assert observed is not None and observed.data.shape == (1, 12, 12, 12)
+    assert np.array_equal(observed.data[0, 0, 0], places % 4 == 1)
+
+
+@pytest.mark.parametrize("fill", [0.0, 500.0])
+def test_a_stack_of_four_slices_needs_no_mask_on_the_command_line(tmp_path: Path, fill: float) -> None:
+    save_model(tmp_path / "model", PLAN, random_denoiser().state_dict(), Card("tiny", "none", "none"))
+    image = scan((12, 12, 12))
+    mask = slices_seen(image)
+    assert int(mask.data[0, 0, 0].sum()) == 4
+    image.like(np.where(mask.data > 0, image.data, np.float32(fill))).save(tmp_path / "stack.nii.gz")
+    mask.save(tmp_path / "mask.nii.gz")
+    written, told = [], []
+    for out, options in (("told", ["--observed", str(tmp_path / "mask.nii.gz")]), ("found", [])):
+        arguments = ["segment", str(tmp_path / "stack.nii.gz"), "--model", str(tmp_path / "model"), "--json"]
+        more = ["--samples", "1", "--probabilities", "--preview", "--out", str(tmp_path / out), *options]
+        result = CliRunner().invoke(app, arguments + more)
+        assert result.exit_code == 0, result.output
+        files = sorted(p for p in (tmp_path / out).iterdir() if p.name != "manifest.json")
+        written.append({p.name: _content(p) for p in files})
+        told.append((json.loads(result.stdout)["cases"]["stack"], result.stderr))
+    assert len(written[0]) == 4 and written[0] == written[1]
+    (by_mask, _), (alone, stderr) = told
+    assert alone["mode"] == by_mask["mode"] == "restore-then-condition"
+    assert alone["observed_share"] == by_mask["observed_share"] < 1
+    note = f"{tmp_path / 'stack.nii.gz'}: 8 of 12 slices along array axis 2 hold a single value"
+    assert by_mask["notes"] == [] and alone["notes"][0].startswith(note) and f"genmed: {note}" in stderr
+    manifest = json.loads((tmp_path / "found" / "manifest.json").read_text())
+    assert manifest["cases"]["stack"]["notes"] == alone["notes"]
 
 
 def test_automatic_mode_restores_coarse_and_incomplete_scans_only(model: Model) -> None:

@@ -25,6 +25,8 @@ LARGEST_EXTENT = 1.6  # field of view that is believed, in units of the largest 
 SMALLEST_EXTENT = 0.2  # along an axis, in the same units: below it, the header or the result is doubtful
 SIGMA_Y = 0.05  # noise of an observed voxel, in standard deviations of the image
 FEWEST_VOXELS = 500  # that an estimate of the noise needs
+FEWEST_EMPTY = 3  # slices of one value between others that count as missing
+NATURAL = 0.5  # share of that value in the other slices from which on it is taken for the scan's own background
 NOISY = 0.2  # noise that is taken for noise rather than texture; above it the estimate is SIGMA_Y
 
 
@@ -176,6 +178,36 @@ class View:
             tuple(torch.from_numpy(m).float() for m in matrices),  # type: ignore[arg-type]
             tuple(coarse_axes), slice_thickness_mm, _room(plan, space), extent_share=extent_share,  # type: ignore[arg-type]
         )  # fmt: skip
+
+
+def seen_slices(scan: Volume) -> tuple[Volume | None, tuple[str, ...]]:
+    """Mask that hides slices without content, as exports put them where slices are missing, and a note that says so.
+
+    Such slices lie along one axis and hold one value each, at least `FEWEST_EMPTY` of them between slices that hold
+    more. A value that fills most of those, too, is the scan's own background: nothing is hidden then (None).
+    """
+    found = []
+    for axis in range(3):
+        others = tuple({1, 2, 3} - {axis + 1})
+        lowest = scan.data.min(axis=others)
+        empty = (lowest == scan.data.max(axis=others)).all(axis=0)
+        full = np.flatnonzero(~empty)
+        between = np.flatnonzero(empty & (np.arange(len(empty)) < full.max(initial=0)))
+        between = between[between > full.min(initial=len(empty))]
+        if len(between) >= FEWEST_EMPTY:
+            value = lowest[:, between[0]].reshape(-1, 1, 1, 1)
+            if (scan.data.take(full, axis=axis + 1) == value).all(axis=0).mean() < NATURAL:
+                found.append((axis, empty))
+    if len(found) != 1:
+        return None, ()
+    ((axis, empty),) = found
+    mask = np.zeros(scan.grid.shape, dtype=np.uint8)
+    mask.swapaxes(0, axis)[~empty] = 1
+    note = (
+        f"{scan.path or 'scan'}: {empty.sum()} of {len(empty)} slices along array axis {axis} hold a single value and "
+        "were taken as unseen; give --observed to decide otherwise"
+    )
+    return scan.like(mask), (note,)
 
 
 def _observed_only(scan: Volume, observed: Volume | None) -> tuple[np.ndarray, np.ndarray]:
