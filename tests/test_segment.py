@@ -430,12 +430,61 @@ def test_slice_thickness_is_that_of_the_longest_side_alone() -> None:
     view = View.of(PLAN, coarse, slice_thickness_mm=1.0)
     assert [int((m[1] > 0).sum()) for m in view.matrices] == [2, 2, 2]  # the middle 1 mm of 6 touches two voxels
     assert np.allclose(view.matrices[2][1].sum(), 1)
-    assert view.has_thick_slices is False  # all three axes are coarse
+
+
+@pytest.mark.parametrize(
+    ("spacing_mm", "axis"),
+    [
+        ((1, 1, 1), None), ((1, 1, 5), 2), ((2, 6, 2), 1), ((2, 2, 2), None), ((5, 5.5, 6), None), ((2, 1, 1), 0),
+        ((5, 5, 1), None),
+    ],
+)  # fmt: skip
+def test_both_profiles_are_tried_along_the_clearly_coarsest_axis(
+    spacing_mm: tuple[float, float, float], axis: int | None
+) -> None:
+    view = View.of(PLAN, scan((10, 9, 10), np.diag([*spacing_mm, 1])))
+    assert view.slice_axis == axis
+    if axis is not None:
+        thin = view.with_thin_slices()
+        assert thin.slice_thickness_mm == pytest.approx(1) and int((thin.matrices[axis][1] > 0).sum()) <= 2
+        others = [k for k in range(3) if k != axis]
+        assert all(torch.equal(thin.matrices[k], view.matrices[k]) for k in others)
+
+
+def test_the_slice_thickness_of_a_header_is_that_of_the_third_axis_alone() -> None:
+    def told(spacing_mm: tuple[float, float, float], **given: float) -> float | None:
+        image = replace(scan((6, 6, 6), np.diag([*spacing_mm, 1])), slice_thickness_mm=3.0)
+        return View.of(PLAN, image, **given).slice_thickness_mm
+
+    assert told((2, 2, 6)) == told((1, 1, 6)) == 3
+    assert told((1, 1, 6), slice_thickness_mm=2.0) == 2
+    assert told((6, 1, 1)) is None and told((6, 6, 6)) is None and told((2, 2, 2)) is None
+    image = scan((6, 6, 6), np.diag([1, 1, 6, 1]))
+    by_header = View.of(PLAN, replace(image, slice_thickness_mm=3.0))
+    by_hand = View.of(PLAN, image, slice_thickness_mm=3.0)
+    assert all(torch.equal(a, b) for a, b in zip(by_header.matrices, by_hand.matrices, strict=True))
+
+
+def test_nothing_is_probed_where_the_header_tells_the_thickness(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    from genmed.tasks import segment as module
+
+    probed: list[float | None] = []
+
+    def probe(model: Model, view: View, *_: object) -> float:
+        probed.append(view.slice_thickness_mm)
+        return 1.0 if view.slice_thickness_mm else 2.0
+
+    monkeypatch.setattr(module, "probe", probe)
+    image = scan((6, 6, 3), np.diag([2, 2, 6, 1]))
+    found = segment(model, image, match="none", samples=1)
+    assert probed == [None, found.slice_thickness_mm] and found.slice_thickness_mm == pytest.approx(1)
+    told = segment(model, replace(image, slice_thickness_mm=4.5), match="none", samples=1)
+    assert len(probed) == 2 and told.slice_thickness_mm == 4.5
 
 
 def test_thin_slices_have_gaps_between_them() -> None:
     view = View.of(PLAN, scan((10, 12, 3), np.diag([1, 1, 5, 1])))
-    assert view.has_thick_slices and view.slice_thickness_mm is None
+    assert view.slice_axis == 2 and view.slice_thickness_mm is None
     thin = view.with_thin_slices()
     assert thin.slice_thickness_mm == pytest.approx(1.0)
     assert thin.matrices[2].argmax(dim=1).tolist() == [2, 7, 12]
@@ -618,6 +667,19 @@ def test_noise_is_estimated_through_smooth_structure(hidden: str) -> None:
     estimate = noise_level(torch.where(seen, noisy, torch.full_like(noisy, 1e6)), seen, (0, 1, 2))
     assert estimate == pytest.approx(0.4, rel=0.1)
     assert noise_level(smooth[None, None], seen, (0, 1, 2)) < 0.1
+
+
+def test_noise_of_thick_slices_is_that_of_their_own_voxels() -> None:
+    x, y, z = np.meshgrid(*[np.linspace(-2, 2, n) for n in (30, 32, 40)], indexing="ij")
+    smooth = np.sin(2 * x) + y * z + (x + y > 0.5)
+    slices = smooth.reshape(30, 32, 8, 5).mean(axis=3)
+    noisy = slices + np.random.default_rng(0).normal(0, 0.5, slices.shape)
+    for data, sd in ((slices, 0.0), (noisy, 0.5)):
+        view = View.of(PLAN, Volume(data[None].astype(np.float32), np.diag([1, 1, 5, 1])))
+        estimate = noise_level(view.y, view.seen, (0, 1)) * view.intensity.scale[0]
+        assert estimate == pytest.approx(sd, rel=0.1, abs=0.1)
+        expected = pytest.approx(sd / view.intensity.scale[0], rel=0.1) if sd else SIGMA_Y
+        assert view.observation.sigma_y == expected
 
 
 def test_little_noise_is_taken_for_texture_and_coarse_voxels_tell_nothing() -> None:

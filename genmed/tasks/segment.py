@@ -178,8 +178,9 @@ def segment(
         grid: result on the scan's own grid (`input`) or the working grid (`model`).
         observed: mask on the scan's grid; voxels where it is 0 are never looked at. By default all are, but for slices
             of a single value in between others (`seen_slices`).
-        slice_thickness_mm: thickness of what a coarse voxel averages along its longest side. By default the spacing
-            or, where the slices of one axis are coarse and a gap between them explains the scan better, one voxel.
+        slice_thickness_mm: thickness of what a coarse voxel averages along its longest side. By default that of a
+            DICOM header; else the spacing or, where the slices of one axis are the coarsest and a gap between them
+            explains the scan better, one voxel.
         roi_mm: world box ((x0, x1), (y0, y1), (z0, z1)) to which the work is confined.
         progress: called with the finished share.
 
@@ -193,7 +194,7 @@ def segment(
     observed, notes = (observed, ()) if observed is not None else seen_slices(scan)
     view = View.of(model.plan, scan, observed, slice_thickness_mm, roi_mm)
     attempts = attempts_at(view, mode, match)
-    if view.has_thick_slices and slice_thickness_mm is None and attempts[0][0] != "conditional":
+    if view.slice_axis is not None and view.slice_thickness_mm is None and attempts[0][0] != "conditional":
         thin = view.with_thin_slices()
         view = min(view, thin, key=lambda view: probe(model, view, attempts[0], seed))
     best = explain(model, view, attempts, samples=samples, seed=seed, progress=progress)

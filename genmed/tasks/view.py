@@ -15,7 +15,7 @@ from torch import Tensor
 from genmed.errors import GenMedError
 from genmed.observe import Identity, Observation, Resample, masked, voxels
 from genmed.plan import Plan
-from genmed.space import Intensity, Space, apply_matrices, resample_matrix
+from genmed.space import SLICE_RATIO, Intensity, Space, apply_matrices, resample_matrix
 from genmed.surprise import histogram
 from genmed.volume import Volume, check_image, require_3d, require_same_grid
 
@@ -55,13 +55,21 @@ class View:
         return any(self.coarse_axes)
 
     @property
-    def has_thick_slices(self) -> bool:
-        """One axis is coarse: its slices may average their whole spacing, or have gaps between them."""
-        return sum(self.coarse_axes) == 1
+    def spacing_y_mm(self) -> tuple[float, float, float]:
+        """Distances between neighbours on the observation grid."""
+        model = self.space.model
+        x, y, z = (mm * m / n for mm, m, n in zip(model.spacing_mm, model.shape, self.seen.shape, strict=True))
+        return x, y, z
+
+    @property
+    def slice_axis(self) -> int | None:
+        """The only coarse axis, or the clearly coarsest: its slices may average their spacing, or have gaps between."""
+        return _slice_axis(self.coarse_axes, self.spacing_y_mm)
 
     def with_thin_slices(self) -> View:
         """The same scan if its slices were as thin as the working voxels, with gaps between."""
-        axis = self.coarse_axes.index(True)
+        axis = self.slice_axis
+        assert axis is not None
         thin_mm = self.space.model.spacing_mm[axis]
         n_y, n_model = self.matrices[axis].shape
         thin = torch.from_numpy(slice_profile(n_model, n_y, thin_mm, thin_mm * n_model / n_y)).float()
@@ -116,9 +124,7 @@ class View:
 
         Hidden slices come linearly from the seen ones around them, other hidden voxels from the nearest seen one.
         """
-        model = self.space.model
-        spacing_mm = [mm * m / n for mm, m, n in zip(model.spacing_mm, model.shape, self.seen.shape, strict=True)]
-        filled = _fill_hidden(self.y, self.seen, spacing_mm)
+        filled = _fill_hidden(self.y, self.seen, self.spacing_y_mm)
         return apply_matrices(filled, [_interpolation(m) for m in self.matrices])
 
     @property
@@ -168,6 +174,9 @@ class View:
         weight = apply_matrices(seen, to_y)
         y = apply_matrices(fine, to_y) / np.maximum(weight, 1e-6)
         spacing_y = [mm * m / n for mm, m, n in zip(space.model.spacing_mm, space.model.shape, shape, strict=True)]
+        axis = _slice_axis(coarse_axes, spacing_y)
+        if slice_thickness_mm is None and axis is not None and space.axes[axis] == 2:  # DICOM stacks along the third
+            slice_thickness_mm = scan.slice_thickness_mm
         matrices = [
             slice_profile(m, n, slice_thickness_mm if mm == max(spacing_y) else None, mm)
             for m, n, mm in zip(space.model.shape, shape, spacing_y, strict=True)
@@ -266,6 +275,12 @@ def _room(plan: Plan, space: Space) -> tuple[int, int, int]:
     """Working voxels that a training patch has more than the scan; none along thick slices, whose number varies."""
     x, y, z = (max(0, patch - n) for patch, n in zip(plan.patch, space.model.shape, strict=True))
     return x, y, 0 if plan.thick_slices else z
+
+
+def _slice_axis(coarse_axes: Sequence[bool], spacing_mm: Sequence[float]) -> int | None:
+    *_, second, first = sorted(range(3), key=lambda axis: (coarse_axes[axis], spacing_mm[axis]))
+    alone = not coarse_axes[second] or spacing_mm[first] >= SLICE_RATIO * spacing_mm[second]
+    return first if coarse_axes[first] and alone else None
 
 
 def slice_profile(n_model: int, n_y: int, thickness_mm: float | None, spacing_mm: float) -> np.ndarray:
