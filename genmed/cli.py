@@ -399,8 +399,6 @@ def chain_scans(
         load(segmenter), load_shapes(completer), source, out, options,
         page=page, truth=truth, command=_command_line(),
     )  # fmt: skip
-    for note in dict.fromkeys(note for facts in _results(outcome)["cases"].values() for note in facts["notes"]):
-        typer.echo(f"genmed: {note}", err=True)
     typer.echo(_json(_results(outcome)) if as_json else _segmented_text(outcome))
     _report_failures(outcome)
 
@@ -464,8 +462,11 @@ def _report_synthetic(outcome: Outcome, as_json: bool) -> None:
 
 
 def _report_failures(outcome: Outcome) -> None:
-    """List doubtful cases on stderr with the reason, and those that failed; exit code 1 if any did."""
-    for case, facts in _results(outcome)["cases"].items():
+    """Notes on stderr, doubtful cases with the reason, and those that failed; exit code 1 if any did."""
+    cases = _results(outcome)["cases"]
+    for note in dict.fromkeys(note for facts in cases.values() for note in facts.get("notes", ())):
+        typer.echo(f"genmed: {note}", err=True)
+    for case, facts in cases.items():
         for doubt in facts.get("doubts", ()):
             typer.echo(f"genmed: {case} is doubtful: {doubt}", err=True)
     if outcome.failed:
@@ -911,8 +912,13 @@ def _synthetic_text(outcome: Outcome) -> str:
     for case, facts in _results(outcome)["cases"].items():
         residual = "" if facts["residual"] is None else f", residual {facts['residual']:.2f}"
         how = f"match {facts['match']}{residual}, {facts['seconds']:.1f} s"
-        lines.append(f"{case}: {'finished before' if facts['skipped'] else how} -> {facts['out']}")
+        how = ("finished before" if facts["skipped"] else how) + _look(facts)
+        lines.append(f"{case}: {how} -> {facts['out']}")
     return "\n".join(lines)
+
+
+def _look(facts: dict[str, Any]) -> str:
+    return "; DOUBTFUL, look at it" if facts.get("doubtful") else ""
 
 
 def _volume(row: dict[str, Any]) -> str:
@@ -931,6 +937,5 @@ def _segmented_text(outcome: Outcome) -> str:
         how = (
             "finished before" if facts["skipped"] else f"{facts['mode']}{residual}, {facts['seconds']:.1f} s"
         )
-        how += "; DOUBTFUL, look at it" if facts.get("doubtful") else ""
-        lines.append(f"{case}: {volumes} ({how}) -> {facts['out']}")
+        lines.append(f"{case}: {volumes} ({how}{_look(facts)}) -> {facts['out']}")
     return "\n".join(lines)

@@ -76,6 +76,7 @@ def segmented(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         return Segmentation(
             labels=scan, probabilities=Volume(soft, AFFINE), residual=0.0, mode=chosen["mode"], match="none",
             volume_ml={"kidney": Interval(1, 1, 1), "stone": Interval(2, 2, 2)}, seconds=0.1, seed=seed, image=None,
+            observed=observed,
         )  # fmt: skip
 
     monkeypatch.setattr(task, "segment", segment)

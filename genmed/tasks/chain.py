@@ -100,9 +100,9 @@ def chain(
     found = segment(segmenter, scan, grid="model", observed=observed, seed=seed, progress=half, **options)
     done = complete_all(
         completer, segmenter.plan, scan, found, structures,
-        shapes=shapes, grid=grid, observed=observed, roi_mm=options.get("roi_mm"), seed=seed, progress=progress,
+        shapes=shapes, grid=grid, observed=found.observed, roi_mm=options.get("roi_mm"), seed=seed, progress=progress,
     )  # fmt: skip
-    return replace(done, notes=(*notes, *done.notes))
+    return replace(done, notes=(*found.notes, *notes, *done.notes))
 
 
 def complete_all(
@@ -371,7 +371,7 @@ def _chained(
         segmenter, completer, scan, label=options.label, text=options.text, shapes=options.shapes,
         observed=observed, progress=progress, **options.of_segment,
     )  # fmt: skip
-    made = made_of(found.segmentation, segmenter.plan, options, id, scan, observed)
+    made = made_of(found.segmentation, segmenter.plan, options, id, scan)
     facts = {"completion_model": completer.plan.name, "completed": found.completed, "notes": list(found.notes)}
     files = dict(made.files)
     if page is not None:
