@@ -452,12 +452,12 @@ def test_both_profiles_are_tried_along_the_clearly_coarsest_axis(
 
 
 def test_the_slice_thickness_of_a_header_is_that_of_the_third_axis_alone() -> None:
-    def told(spacing_mm: tuple[float, float, float], **given: float) -> float | None:
+    def told(spacing_mm: tuple[float, float, float], by_hand_mm: float | None = None) -> float | None:
         image = replace(scan((6, 6, 6), np.diag([*spacing_mm, 1])), slice_thickness_mm=3.0)
-        return View.of(PLAN, image, **given).slice_thickness_mm
+        return View.of(PLAN, image, slice_thickness_mm=by_hand_mm).slice_thickness_mm
 
     assert told((2, 2, 6)) == told((1, 1, 6)) == 3
-    assert told((1, 1, 6), slice_thickness_mm=2.0) == 2
+    assert told((1, 1, 6), 2.0) == 2
     assert told((6, 1, 1)) is None and told((6, 6, 6)) is None and told((2, 2, 2)) is None
     image = scan((6, 6, 6), np.diag([1, 1, 6, 1]))
     by_header = View.of(PLAN, replace(image, slice_thickness_mm=3.0))
