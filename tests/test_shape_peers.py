@@ -1,6 +1,7 @@
 """Peers that complete shapes: exact answers, and nothing seen of what was not shown."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -263,6 +264,14 @@ def ours(data: ShapeDataset) -> ShapeModel:
     model = build_shapes_model(plan)
     model.autoencoder.load_state_dict(autoencoder.state_dict())
     return model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def coarse_pictures() -> Iterator[None]:
+    """Pictures of cues as coarse as these shapes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shape_conditioned, "SIDE", 16)
+        yield
 
 
 @pytest.fixture(scope="module")
