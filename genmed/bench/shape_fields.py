@@ -2,11 +2,11 @@
 
     python -m genmed.bench.shape_fields --shapes DIR --category hippocampus --minutes 15 --cases 20 --out DIR
 
-The explicit field is the truncated distance itself, averaged to 32³ voxels: one channel, denoised by the U-Net of
-images and trained by their loop, on the training shapes of one category and their deformed copies. The latent one is
-that of a model of shapes, told the category. Both start from the same poses (`genmed.laplace.suppositions`), are guided
-alike with the poses fitted at every step, and get the same Gaussian process of what they still miss. The training is
-kept in OUT, and every case in OUT/shapes.csv: a run that starts again goes on.
+The explicit field is the truncated distance itself, averaged to 32³ voxels and standardised about the mean shape: one
+channel, denoised by the U-Net of images and trained by their loop, on the training shapes of one category and their
+deformed copies. The latent one is that of a model of shapes, told the category. Both start from the same poses
+(`genmed.laplace.suppositions`), are guided alike with the poses fitted at every step, and get the same Gaussian process
+of what they still miss. The training is kept in OUT, and every case in OUT/shapes.csv: a run that starts again goes on.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ from genmed.nets.unet import UNet
 from genmed.plan import NORM_GROUPS, PRESETS, strides
 from genmed.pose import Posed
 from genmed.samplers import STEPS, euler, noise, schedule, seeded
-from genmed.shape import TRUNCATION, Shape
+from genmed.shape import Shape
 from genmed.shape_model import ShapeModel, load_shapes
-from genmed.tasks.complete import POSED_BELOW, complete, honoured, shape_at, starts
+from genmed.tasks.complete import POSED_BELOW, RELAX, complete, honoured, shape_at, starts
 from genmed.train import CHECKPOINT, fair_minutes, fit
 from genmed.train_shapes import SIDE, VERSIONS, lowered
 
@@ -55,55 +55,77 @@ VERSION = 1     # raise it whenever the explicit field changes: nothing of an ol
 KINDS = ("three planes", "half missing")
 SAMPLES = 4     # of either field, averaged
 PRESET = PRESETS["small"]
-SIGMA_MIN, SIGMA_MAX = 0.02, 40.0  # as of images; distances are divided by their truncation
+SIGMA_MAX, START_SIGMA, SIGMA_MIN = 40.0, 10.0, 0.02  # in the units of codes, see `Scale`
 FIELDS = Fields(Field("shape", "continuous", ("distance",)))
 
 
 # The explicit field ---------------------------------------------------------------------------------------
 
 
-class VoxelBatch(NamedTuple):
-    """Distances over their truncation; `seed` decides every random number."""
+@dataclass(frozen=True, eq=False)
+class Scale:
+    """z = (distance − mean) / deviation. Noise of `unit` drowns as much of z as noise of 1 does of a model's codes."""
 
-    shape: Float[Tensor, "b 1 m m m"]
+    mean: Float[Tensor, "1 m m m"]
+    deviation: float
+    unit: float
+
+    @classmethod
+    def of(cls, x: Float[Tensor, "n 1 m m m"], model: ShapeModel) -> Scale:
+        """That of training shapes, which have unit variance then."""
+        mean = x.mean(dim=0)
+        deviation = float((x - mean).square().mean().sqrt())
+        return cls(mean, deviation, float(model.autoencoder.deviation[0]) / deviation)
+
+    def encode(self, distance: Float[Tensor, "b 1 m m m"]) -> Float[Tensor, "b 1 m m m"]:
+        return (distance - self.mean) / self.deviation
+
+    def decode(self, z: Float[Tensor, "b 1 m m m"]) -> Float[Tensor, "b 1 m m m"]:
+        return self.mean + self.deviation * z
+
+
+class VoxelBatch(NamedTuple):
+    """Fields z; `seed` decides every random number."""
+
+    z: Float[Tensor, "b 1 m m m"]
     seed: int
 
 
 class VoxelLoss(nn.Module):
     """The denoising loss of a continuous field of images, at one level for all voxels of a sample."""
 
-    def __init__(self, model: Denoiser) -> None:
+    def __init__(self, model: Denoiser, unit: float) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.unit = model, unit
 
     def forward(self, batch: VoxelBatch) -> dict[str, Tensor]:
-        generator, x = Generator().manual_seed(batch.seed), batch.shape
+        generator, x = Generator().manual_seed(batch.seed), batch.z
         levels = [draw_sigma("equal", torch.Size((1, 1, 1)), SIGMA_MAX, generator)[0] for _ in x]
-        sigma = torch.stack(levels)[:, None].to(x)
+        sigma = self.unit * torch.stack(levels)[:, None].to(x)
         z = x + sigma * torch.randn(x.shape, generator=generator).to(x)
         found = self.model.outputs(z, sigma.flatten(1))["shape"]
         return {"loss": continuous_loss(found, x, sigma.expand_as(x), torch.ones_like(x))}
 
 
-def draw_batch(x: Float[Tensor, "n 1 m m m"], step: int, process: int = 0) -> VoxelBatch:
+def draw_batch(x: Float[Tensor, "n 1 m m m"], scale: Scale, step: int, process: int = 0) -> VoxelBatch:
     """The shapes of one training step, as they are or as one of the copies that ours is trained on."""
     seed = step * 1_009 + process
     generator = Generator().manual_seed(seed)
     chosen = torch.randint(len(x), (PRESET.batch,), generator=generator).tolist()
     numbers = torch.randint(VERSIONS, (PRESET.batch,), generator=generator).tolist()
     copies = [version_of(x[i], i, number, 0) for i, number in zip(chosen, numbers, strict=True)]
-    return VoxelBatch(torch.stack(copies) / TRUNCATION, seed)
+    return VoxelBatch(scale.encode(torch.stack(copies)), seed)
 
 
-def trained(x: Float[Tensor, "n 1 m m m"], folder: Path, minutes: float) -> Denoiser:
+def trained(x: Float[Tensor, "n 1 m m m"], scale: Scale, folder: Path, minutes: float) -> Denoiser:
     """The denoiser of training shapes, in a folder; trains it, or goes on with its training."""
     torch.manual_seed(0)
     steps = strides((1.0, 1.0, 1.0), len(PRESET.widths))
     net = UNet(FIELDS.channels + len(FIELDS), FIELDS.channels, PRESET.widths, steps, len(FIELDS), NORM_GROUPS)
     average, _ = fit(
-        VoxelLoss(Denoiser(FIELDS, net, SIGMA_MAX)), partial(draw_batch, x), folder, steps=TRAINING_STEPS,
-        learning_rate=PRESET.learning_rate, max_minutes=minutes, resume=(folder / CHECKPOINT).exists(),
-        clock=fair_minutes,
+        VoxelLoss(Denoiser(FIELDS, net, scale.unit * SIGMA_MAX), scale.unit), partial(draw_batch, x, scale), folder,
+        steps=TRAINING_STEPS, learning_rate=PRESET.learning_rate, max_minutes=minutes,
+        resume=(folder / CHECKPOINT).exists(), clock=fair_minutes,
     )  # fmt: skip
     return average.cpu()  # type: ignore[return-value]
 
@@ -111,12 +133,16 @@ def trained(x: Float[Tensor, "n 1 m m m"], folder: Path, minutes: float) -> Deno
 class VoxelPosed(Posed):
     """The residual of a cue where z holds distances: poses are fitted as ever, of sizes nothing is known."""
 
+    def __init__(self, scale: Scale, model: ShapeModel, cue: Cue, poses: Float[Tensor, "b 4"]) -> None:
+        super().__init__(model, cue, poses)
+        self.scale = scale
+
     @property
     def knows_size(self) -> Float[Tensor, " b"]:
         return torch.zeros(len(self.pose))
 
     def _parts(self, z0: Tensor) -> tuple[Tensor, Tensor]:
-        return TRUNCATION * z0, torch.zeros(len(z0), 1)
+        return self.scale.decode(z0), torch.zeros(len(z0), 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,28 +150,28 @@ class Voxels:
     """The trained denoiser of distances; `model`, told the words `spoken`, lends it first poses."""
 
     denoiser: Denoiser
-    side: int
+    scale: Scale
     model: ShapeModel
     spoken: Float[Tensor, " d"]
 
     def complete(self, cue: Cue, seed: int = 0) -> tuple[Shape, ...]:
-        """As `genmed.tasks.complete.complete` does it, but that trajectories start from noise alone."""
+        """As `genmed.tasks.complete.complete` does it, but that shapes start from noise alone."""
         cue = with_sides(cue, seed)
         expected = likely(cue)
         poses = starts(self.model, suppositions(self.model, expected, self.spoken, seed), self.spoken, SAMPLES)[1]
-        generators = [seed * 1_000_003 + i for i in range(SAMPLES)]
-        start = SIGMA_MAX * noise(torch.zeros(SAMPLES, 1, *(self.side,) * 3), seeded(generators))
+        white = noise(self.scale.mean.expand(SAMPLES, -1, -1, -1, -1), seeded([seed + i for i in range(SAMPLES)]))
+        sigmas = schedule(self.scale.unit * START_SIGMA, self.scale.unit * SIGMA_MIN, STEPS)
         last: list[Posed] = []
 
-        def trajectory(scale: float) -> Tensor:
-            posed = VoxelPosed(self.model, expected, poses)
+        def trajectory(shorter: float) -> Tensor:
+            posed = VoxelPosed(self.scale, self.model, expected, poses)
             last[:] = [posed]
 
             def denoise(z: Tensor, sigma: float) -> Tensor:
-                posed.fixed = sigma > POSED_BELOW
+                posed.fixed = sigma > self.scale.unit * POSED_BELOW
                 return self.denoiser(z, torch.full((len(z), 1), sigma))
 
-            return euler(guided(denoise, FIELDS, posed, scale=scale), start, schedule(SIGMA_MAX, SIGMA_MIN, STEPS))
+            return euler(guided(denoise, FIELDS, posed, relax=RELAX, scale=shorter), sigmas[0] * white, sigmas)
 
         z0 = retry(trajectory)
         last[0](z0)  # once more: the pose of the final estimate
@@ -155,7 +181,8 @@ class Voxels:
 
     def decode(self, z0: Float[Tensor, "b 1 m m m"]) -> Float[Tensor, "b 1 n n n"]:
         """Distances in the whole cube."""
-        return F.interpolate(TRUNCATION * z0, size=(self.model.plan.size,) * 3, mode="trilinear", align_corners=False)
+        size = (self.model.plan.size,) * 3
+        return F.interpolate(self.scale.decode(z0), size=size, mode="trilinear", align_corners=False)
 
 
 # The comparison -------------------------------------------------------------------------------------------
@@ -175,12 +202,14 @@ def columns(data: ShapeDataset, model: ShapeModel, category: str, minutes: float
     from genmed.text import embed
 
     numbers = [i for i in data.part("train") if data.rows[i].category == category]
-    if not numbers or category not in model.plan.categories or data.size != model.plan.size:
+    if len(numbers) < 2 or category not in model.plan.categories or data.size != model.plan.size:
         raise GenMedError(f"--category {category}: model and shapes must both have it, at one size; choose another.")
     embedding, lab, side = embed([category])[0], Lab(data, model, out), min(SIDE, data.size)
-    key = key_of("voxels", lab, VERSION, category, minutes, PRESET)
-    denoiser = trained(lowered(data, numbers, side), out / f"voxels-{key}", minutes)
-    voxels = Voxels(denoiser, side, model, model.text_of(embedding[None])[0])
+    x = lowered(data, numbers, side)
+    scale = Scale.of(x, model)
+    key = key_of("voxels", lab, VERSION, category, minutes, PRESET, scale.unit)
+    denoiser = trained(x, scale, out / f"voxels-{key}", minutes)
+    voxels = Voxels(denoiser, scale, model, model.text_of(embedding[None])[0])
     explicit = Solver(
         key_of("voxels", lab, key, model.sha256, SAMPLES), lambda cue, row: voxels.complete(cue),
         f"{side}³; {minutes:g} minutes, {steps_taken(out / f'voxels-{key}'):,} steps on {len(numbers)} shapes of the "
@@ -193,7 +222,7 @@ def columns(data: ShapeDataset, model: ShapeModel, category: str, minutes: float
     )  # fmt: skip
     return {
         "voxels": Column(
-            explicit, lambda x: voxels.decode(lower(x, side) / TRUNCATION), _numbers(denoiser), _numbers(denoiser)
+            explicit, lambda x: voxels.decode(scale.encode(lower(x, side))), _numbers(denoiser), _numbers(denoiser)
         ),
         "codes": Column(
             latent, lambda x: model.decode(model.autoencoder.encode(x), voxels.spoken[None]),
