@@ -125,6 +125,10 @@ SliceThickness = Annotated[
     float | None, typer.Option(metavar="MM", help="True slice thickness, if not the slice spacing.")
 ]
 Series = Annotated[str | None, typer.Option(help="DICOM series: description, number or UID.")]
+Truth = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Full shape: a ghost on the page, and the measure of its figures."),
+]
 Uncertainty = Annotated[
     bool,
     typer.Option("--uncertainty", help="Also write <case>.uncertainty.nii.gz: standard deviation over samples."),
@@ -370,6 +374,11 @@ def chain_scans(
         bool, typer.Option("--probabilities", help="Also write <case>.probabilities.nii.gz, one channel a class.")
     ] = False,
     preview: Annotated[bool, typer.Option("--preview", help="Also write <case>.preview.png.")] = False,
+    page: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Of one scan also a page in 3D, .html: the segmentation and its completion."),
+    ] = None,
+    truth: Truth = None,
     as_json: Json = False,
 ) -> None:
     """Segment a degraded scan, or a folder of scans, and complete what the segmentation is unsure of.
@@ -386,9 +395,10 @@ def chain_scans(
         slice_thickness_mm=slice_thickness, series=series, probabilities=probabilities, preview=preview,
         label=label, text=text, shapes=shapes,
     )  # fmt: skip
-    outcome = chain_files(load(segmenter), load_shapes(completer), source, out, options, command=_command_line())
-    for note in dict.fromkeys(note for facts in _results(outcome)["cases"].values() for note in facts["notes"]):
-        typer.echo(f"genmed: {note}", err=True)
+    outcome = chain_files(
+        load(segmenter), load_shapes(completer), source, out, options,
+        page=page, truth=truth, command=_command_line(),
+    )  # fmt: skip
     typer.echo(_json(_results(outcome)) if as_json else _segmented_text(outcome))
     _report_failures(outcome)
 
@@ -452,8 +462,11 @@ def _report_synthetic(outcome: Outcome, as_json: bool) -> None:
 
 
 def _report_failures(outcome: Outcome) -> None:
-    """List doubtful cases on stderr with the reason, and those that failed; exit code 1 if any did."""
-    for case, facts in _results(outcome)["cases"].items():
+    """Notes on stderr, doubtful cases with the reason, and those that failed; exit code 1 if any did."""
+    cases = _results(outcome)["cases"]
+    for note in dict.fromkeys(note for facts in cases.values() for note in facts.get("notes", ())):
+        typer.echo(f"genmed: {note}", err=True)
+    for case, facts in cases.items():
         for doubt in facts.get("doubts", ()):
             typer.echo(f"genmed: {case} is doubtful: {doubt}", err=True)
     if outcome.failed:
@@ -466,7 +479,7 @@ def _report_failures(outcome: Outcome) -> None:
 
 @app.command("complete")
 def complete_shape(
-    part: Annotated[Path, typer.Argument(metavar="PART", help="Binary label map, or surface in mm.")],
+    part: Annotated[Path, typer.Argument(metavar="PART", help="Binary label map, surface, or points on one, in mm.")],
     model: ModelName,
     out: Annotated[Path, typer.Option(help="A .nii.gz, .stl, .ply or .glb file.")],
     planes: Annotated[
@@ -475,11 +488,19 @@ def complete_shape(
     ] = None,
     observed: Annotated[Path | None, typer.Option(metavar="MASK", help="Mask of the voxels that were seen.")] = None,
     text: Annotated[str | None, typer.Option(help="What it is, in words.")] = None,
+    doubtful: Annotated[
+        bool,
+        typer.Option("--doubtful", help="Some of what is seen may not belong to the structure, or is noisy."),
+    ] = False,
     samples: Annotated[int, typer.Option(help="Shapes to average.")] = 12,
     seed: Seed = 0,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="Also write OUT.probabilities.nii.gz, OUT without its ending.")
+    ] = False,
     page: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also a page in 3D, .html: what was seen beside its completion.")
     ] = None,
+    truth: Truth = None,
     as_json: Json = False,
 ) -> None:
     """Complete a structure from planes or a part of it.
@@ -491,10 +512,10 @@ def complete_shape(
     from genmed.tasks.shapes import complete_file
 
     facts = complete_file(
-        load_shapes(model), part, out, planes=planes, observed=observed, text=text, samples=samples, seed=seed,
-        page=page, command=_command_line(),
+        load_shapes(model), part, out, planes=planes, observed=observed, text=text, doubtful=doubtful, samples=samples,
+        seed=seed, probabilities=probabilities, page=page, truth=truth, command=_command_line(),
     )  # fmt: skip
-    _warn(facts)
+    _warn(facts, "the model knows no size in mm of this structure: the result is as large as PART says")
     short = f"residual {facts['residual_mm']:.2f} mm, {facts['seconds']:.1f} s -> {facts['out']}"
     typer.echo(_json(facts) if as_json else short)
 
@@ -513,26 +534,30 @@ def generate_shapes(
     from genmed.tasks.shapes import generate_files
 
     facts = generate_files(load_shapes(model), out, count, text=text, seed=seed, command=_command_line())
-    _warn(facts)
-    lines = [f"{row['file']}: {row['volume_ml']:.4g} ml, {row['extent_mm']:.4g} mm" for row in facts["shapes"]]
+    _warn(facts, "some shapes have no known size: their structure had no scale in mm in training; units are arbitrary")
+    lines = [
+        f"{row['file']}: no known size"
+        if row["volume_ml"] is None
+        else f"{row['file']}: {row['volume_ml']:.4g} ml, {row['extent_mm']:.4g} mm"
+        for row in facts["shapes"]
+    ]
     typer.echo(_json(facts) if as_json else "\n".join(lines))
 
 
-def _warn(facts: dict[str, Any]) -> None:
-    if facts["warning"]:
-        typer.echo(f"genmed: {facts['warning']}", err=True)
+def _warn(facts: dict[str, Any], without_scale: str) -> None:
+    for line in (facts["warning"], "" if facts["scale_known"] else without_scale):
+        if line:
+            typer.echo(f"genmed: {line}", err=True)
 
 
 @app.command()
 def view(
     files: Annotated[
         list[Path],
-        typer.Argument(metavar="FILE...", help="Meshes (STL, PLY, OBJ, VTP; in mm) and label maps, 1 to 12."),
+        typer.Argument(metavar="FILE...", help="Meshes (STL, PLY, OBJ, VTP, GLB; in mm) and label maps, 1 to 12."),
     ],
     out: Annotated[Path, typer.Option(help="The page, an .html file.")],
-    truth: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Full shape: a ghost in every column, and the figures' measure.")
-    ] = None,
+    truth: Truth = None,
 ) -> None:
     """Write one HTML page that shows shapes side by side in 3D, turned together.
 
@@ -887,8 +912,13 @@ def _synthetic_text(outcome: Outcome) -> str:
     for case, facts in _results(outcome)["cases"].items():
         residual = "" if facts["residual"] is None else f", residual {facts['residual']:.2f}"
         how = f"match {facts['match']}{residual}, {facts['seconds']:.1f} s"
-        lines.append(f"{case}: {'finished before' if facts['skipped'] else how} -> {facts['out']}")
+        how = ("finished before" if facts["skipped"] else how) + _look(facts)
+        lines.append(f"{case}: {how} -> {facts['out']}")
     return "\n".join(lines)
+
+
+def _look(facts: dict[str, Any]) -> str:
+    return "; DOUBTFUL, look at it" if facts.get("doubtful") else ""
 
 
 def _volume(row: dict[str, Any]) -> str:
@@ -907,6 +937,5 @@ def _segmented_text(outcome: Outcome) -> str:
         how = (
             "finished before" if facts["skipped"] else f"{facts['mode']}{residual}, {facts['seconds']:.1f} s"
         )
-        how += "; DOUBTFUL, look at it" if facts.get("doubtful") else ""
-        lines.append(f"{case}: {volumes} ({how}) -> {facts['out']}")
+        lines.append(f"{case}: {volumes} ({how}{_look(facts)}) -> {facts['out']}")
     return "\n".join(lines)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -24,6 +25,16 @@ RBF_POINTS, SHELL_POINTS = 1500, 150  # of a cue that a spline goes through, and
 SIDE_POINTS, AROUND = 800, 0.3  # beside points on a surface; how far around their box, over its sides
 LIKELY = 0.4         # of the distance to the other side that was seen: the surface is seldom closer
 FLAT = 0.3           # of the longest extent: below it, an axis was not seen
+SMOOTH = 0.22        # voxels: smoothing by one moves a border no further in the median, unless noise made it rough
+SPECKS = 0.02        # of a map may lie beside its largest piece
+NEAR = 4.0           # voxels of a map's border whose distances are kept
+
+
+class Border(NamedTuple):
+    """Signed distances in mm to the border of a label map, at all voxels near it that were seen, as was all between."""
+
+    points_mm: Float[np.ndarray, "n 3"]
+    distance_mm: Float[np.ndarray, " n"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +42,8 @@ class Cue:
     """Bounds lower ≤ d ≤ upper of the signed distance in mm, negative inside, at world points.
 
     `box_mm` (low, high) holds what was seen inside. `voxel_mm` is how fine the cue is. `doubtful`: some of it may be
-    wrong (matter that does not belong, noise), so that no single point is trusted.
+    wrong (matter that does not belong, noise), so that no single point is trusted. `border` is that of a map; of
+    a doubtful one only where it is smooth, so that noise is no reason to doubt it.
     """
 
     points_mm: Float[np.ndarray, "n 3"]
@@ -40,6 +52,7 @@ class Cue:
     box_mm: Float[np.ndarray, "2 3"]
     voxel_mm: float
     doubtful: bool = False
+    border: Border | None = None
 
 
 # Label maps -----------------------------------------------------------------------------------------------
@@ -93,8 +106,46 @@ def cue_of_labels(
     places = (near[chosen] + [side.start for side in box]) @ affine[:3, :3].T + affine[:3, 3]
     low, high, signs = low[chosen], high[chosen], signs[chosen]
     lower, upper = np.where(signs < 0, -high, low), np.where(signs < 0, -low, high)
-    voxel_mm = float(np.linalg.norm(corner, axis=0).min())
-    return Cue(places, lower, upper, box_mm, voxel_mm, doubtful)
+    spacing_mm = np.linalg.norm(corner, axis=0)
+    origin = affine[:3, :3] @ [side.start for side in box] + affine[:3, 3]
+    noisy = doubtful and _noisy(inside[box], seen[box], spacing_mm)
+    border = None if noisy else _border(inside[box], seen[box], spacing_mm, affine[:3, :3], origin)
+    return Cue(places, lower, upper, box_mm, float(spacing_mm.min()), doubtful, border)
+
+
+def _signed(inside: np.ndarray, spacing_mm: np.ndarray) -> np.ndarray:
+    """Distances to the border of a map in its smallest voxels, at most `NEAR`."""
+    from scipy.ndimage import distance_transform_edt
+
+    step = spacing_mm / spacing_mm.min()
+    within, beyond = (distance_transform_edt(mask, sampling=step) for mask in (inside, ~inside))
+    return np.where(inside, 0.5 - within, beyond - 0.5).clip(-NEAR, NEAR)
+
+
+def _noisy(inside: np.ndarray, seen: np.ndarray, spacing_mm: np.ndarray) -> bool:
+    """Whether a map is in specks, or smoothing by a voxel moves its border far.
+
+    Matter that does not belong leaves the rest of a border as smooth as it was.
+    """
+    from scipy.ndimage import gaussian_filter, label
+
+    pieces = np.bincount(label(inside)[0].ravel())[1:]
+    signed = _signed(inside, spacing_mm)
+    moved = np.abs(signed - gaussian_filter(signed, spacing_mm.min() / spacing_mm))
+    specks = 1 - pieces.max() / pieces.sum()
+    return bool(specks > SPECKS or np.median(moved[seen & (np.abs(signed) < 1)]) > SMOOTH)
+
+
+def _border(
+    inside: np.ndarray, seen: np.ndarray, spacing_mm: np.ndarray, axes_mm: np.ndarray, origin_mm: np.ndarray
+) -> Border:
+    """The border of a map, as far as nothing unseen is closer."""
+    from scipy.ndimage import distance_transform_edt
+
+    signed = _signed(inside, spacing_mm)
+    unseen = distance_transform_edt(np.pad(seen, 1), sampling=spacing_mm / spacing_mm.min())[1:-1, 1:-1, 1:-1]
+    near = seen & (np.abs(signed) < NEAR) & (np.abs(signed) + 0.5 < unseen)
+    return Border(np.argwhere(near) @ axes_mm.T + origin_mm, spacing_mm.min() * signed[near])
 
 
 def _region(index: np.ndarray, spacing_mm: np.ndarray, shape: tuple[int, ...]) -> tuple[slice, slice, slice]:
@@ -168,6 +219,38 @@ def cue_of_points(
     high, signs = high[chosen], np.where(inside[chosen], -1.0, 1.0)
     lower, upper = np.where(signs < 0, -high, 0.0), np.where(signs < 0, 0.0, high)
     return Cue(points_mm[chosen], lower, upper, box_mm, step_mm, doubtful)
+
+
+def cue_of_distances(
+    points_mm: Float[np.ndarray, "n 3"],
+    inside: Bool[np.ndarray, " n"],
+    low_mm: Float[np.ndarray, " n"],
+    high_mm: Float[np.ndarray, " n"],
+    box_mm: Float[np.ndarray, "2 3"],
+    voxel_mm: float,
+    *,
+    doubtful: bool = False,
+    count: int = POINTS,
+    seed: int = 0,
+) -> Cue:
+    """The cue of points that are known to be inside or outside, `low_mm` to `high_mm` from the surface."""
+    chosen = _chosen(high_mm, count, np.random.default_rng(seed))
+    low, high, inside = low_mm[chosen], high_mm[chosen], inside[chosen]
+    lower, upper = np.where(inside, -high, low), np.where(inside, -low, high)
+    return Cue(points_mm[chosen], lower, upper, box_mm, voxel_mm, doubtful)
+
+
+def united(first: Cue, second: Cue) -> Cue:
+    """What either of two cues of a structure says."""
+    low, high = np.minimum(first.box_mm[0], second.box_mm[0]), np.maximum(first.box_mm[1], second.box_mm[1])
+    return Cue(
+        np.concatenate([first.points_mm, second.points_mm]),
+        np.concatenate([first.lower_mm, second.lower_mm]),
+        np.concatenate([first.upper_mm, second.upper_mm]),
+        np.stack([low, high]),
+        min(first.voxel_mm, second.voxel_mm),
+        first.doubtful or second.doubtful,
+    )
 
 
 def cue_of_surface_points(points_mm: Float[np.ndarray, "n 3"], sigma_mm: float) -> Cue:

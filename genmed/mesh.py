@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     import trimesh
 
 LIBRARIES = ("trimesh", "point_cloud_utils", "skimage", "fast_simplification", "pyarrow")
-MESH_SUFFIXES = (".stl", ".ply", ".obj", ".vtp")
-SAVE_SUFFIXES = (*MESH_SUFFIXES, ".glb")
+MESH_SUFFIXES = (".stl", ".ply", ".obj", ".vtp", ".glb")
+PART_SUFFIXES = (*MESH_SUFFIXES, ".xyz")  # surfaces, or points on one
 UNITS_MM = {"mm": 1.0, "cm": 10.0, "m": 1000.0}
 SMALLEST_MM, LARGEST_MM = 2.0, 3000.0  # longest extent of an anatomical surface; beyond it the unit must be wrong
 MAX_FACES = 50_000  # more changes distances by hundredths of a voxel of 64³ at most, and costs time
@@ -84,32 +84,36 @@ def require_libraries() -> None:
 # Files ----------------------------------------------------------------------------------------------------
 
 
-def read_mesh(path: str | os.PathLike[str], unit: str = "mm") -> Mesh:
-    """Read a surface from STL, PLY, OBJ or VTP, unrepaired, in mm and RAS+.
+def read_mesh(path: str | os.PathLike[str], unit: str = "mm", *, points: bool = False) -> Mesh:
+    """Read a surface from STL, PLY, OBJ, VTP or GLB, unrepaired, in mm and RAS+.
 
     `unit` is that of the file: mm, cm or m. Where the header says SPACE=LPS, as 3D Slicer's does
-    (https://discourse.slicer.org/t/10446), x and y are turned; vertices of no face are dropped. Raises `GenMedError`
-    for files that hold no triangles, numbers that are not finite, and extents that no anatomical structure has in
-    this unit.
+    (https://discourse.slicer.org/t/10446), x and y are turned; vertices of no face are dropped. Parts of a GLB are
+    joined, each in its place. With `points`, a file (also XYZ) may hold vertices alone. Raises `GenMedError` for files
+    that hold no triangles, numbers that are not finite, and extents that no anatomical structure has in this unit.
     """
     path = Path(path).expanduser()
     if unit not in UNITS_MM:
         raise GenMedError(f"unit '{unit}' is not known; use {', '.join(UNITS_MM)}.")
-    if path.suffix.lower() not in MESH_SUFFIXES:
+    if path.suffix.lower() not in (PART_SUFFIXES if points else MESH_SUFFIXES):
         raise GenMedError(f"{path}: not a surface file; name it {', '.join(MESH_SUFFIXES)}.")
     if not path.is_file():
         raise GenMedError(f"{path}: not found; check the path.")
     vertices, faces, space = _read_vtp(path) if path.suffix.lower() == ".vtp" else _read_trimesh(path)
-    if not len(faces) or not len(vertices):
+    if points and not len(vertices):
+        raise GenMedError(f"{path}: holds no triangles and no points; export the surface again.")
+    if not points and (not len(faces) or not len(vertices)):
         raise GenMedError(f"{path}: holds no triangles; export the surface, not points or lines.")
-    if faces.min() < 0 or faces.max() >= len(vertices):
+    if len(faces) and (faces.min() < 0 or faces.max() >= len(vertices)):
         raise GenMedError(f"{path}: faces name vertices that do not exist; export the surface again.")
     to_mm = UNITS_MM[unit] * np.array([-1.0, -1.0, 1.0] if space == "LPS" else [1.0, 1.0, 1.0])
     mesh = Mesh(np.asarray(vertices, np.float64) * to_mm, np.asarray(faces, np.int64))
-    mesh = _subset(mesh, np.ones(len(faces), dtype=bool))
+    mesh = _subset(mesh, np.ones(len(faces), dtype=bool)) if len(faces) else mesh
     if not np.isfinite(mesh.vertices).all():
         raise GenMedError(f"{path}: coordinates are not finite; export the surface again.")
     extent = mesh.extent_mm
+    if not extent:
+        raise GenMedError(f"{path}: all of its {len(mesh.vertices)} points lie in one place; export it again.")
     if not SMALLEST_MM <= extent <= LARGEST_MM:
         hint = "metres" if SMALLEST_MM <= extent * 1000 <= LARGEST_MM else "another unit"
         raise GenMedError(
@@ -122,12 +126,12 @@ def read_mesh(path: str | os.PathLike[str], unit: str = "mm") -> Mesh:
 def save_mesh(mesh: Mesh, path: str | os.PathLike[str]) -> Path:
     """Write STL, PLY, OBJ, VTP or GLB, coordinates in mm as they are; the file appears whole or never.
 
-    All but GLB say SPACE=RAS, without which 3D Slicer would take them as LPS.
+    All but GLB, which has no place for it, say SPACE=RAS, without which 3D Slicer would take them as LPS.
     """
     path = Path(path).expanduser()
     suffix = path.suffix.lower()
-    if suffix not in SAVE_SUFFIXES:
-        raise GenMedError(f"{path}: cannot write this surface file; name it {', '.join(SAVE_SUFFIXES)}.")
+    if suffix not in MESH_SUFFIXES:
+        raise GenMedError(f"{path}: cannot write this surface file; name it {', '.join(MESH_SUFFIXES)}.")
     if suffix == ".vtp":
         from genmed.vtp import encode
 
@@ -159,12 +163,13 @@ def _read_trimesh(path: Path) -> tuple[np.ndarray, np.ndarray, str]:
         with path.open("rb") as stream:
             space = SPACE.search(stream.read(HEADER))
         loaded: Any = trimesh.load_mesh(path, process=False)
+        if not len(getattr(loaded, "faces", ())):
+            loaded = trimesh.load(path, process=False)  # points, which `load_mesh` leaves out
     except Exception as error:  # trimesh raises whatever its parsers meet in a broken file
         why = " ".join(str(error).split()) or type(error).__name__
         raise GenMedError(f"{path}: cannot be read as a surface ({why}); export it again.") from error
-    if not isinstance(loaded, trimesh.Trimesh):
-        return np.zeros((0, 3)), np.zeros((0, 3), np.int64), ""
-    return np.asarray(loaded.vertices), np.asarray(loaded.faces), space[1].decode() if space else ""
+    faces = np.asarray(getattr(loaded, "faces", np.zeros((0, 3), np.int64)))
+    return np.asarray(getattr(loaded, "vertices", np.zeros((0, 3)))), faces, space[1].decode() if space else ""
 
 
 def _as_trimesh(mesh: Mesh) -> trimesh.Trimesh:
@@ -352,6 +357,20 @@ def _volumes(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
 def _areas(mesh: Mesh) -> np.ndarray:
     a, b, c = (mesh.vertices[mesh.faces[:, k]] for k in range(3))
     return np.linalg.norm(np.cross(b - a, c - a), axis=1) / 2
+
+
+def one_way_round(vertices: Float[np.ndarray, "v 3"], faces: Int[np.ndarray, "f 3"]) -> Int[np.ndarray, "f 3"]:
+    """Faces turned so that neighbours agree, as most of those that are connected did."""
+    import trimesh
+
+    surface = trimesh.Trimesh(vertices, faces, process=False)
+    if not len(faces) or surface.is_winding_consistent:
+        return faces
+    trimesh.repair.fix_winding(surface)
+    turned = (surface.faces != faces).any(axis=1)
+    piece = trimesh.graph.connected_component_labels(surface.face_adjacency, node_count=len(faces))
+    mostly = np.bincount(piece, turned) > np.bincount(piece) / 2
+    return np.where((turned != mostly[piece])[:, None], faces[:, ::-1], faces)
 
 
 # Distance -------------------------------------------------------------------------------------------------

@@ -29,12 +29,13 @@ class Shape:
     """A structure in its cube.
 
     `sdf` holds multiples of `TRUNCATION` / `STEPS` voxels, negative inside; `origin_mm` is voxel (0, 0, 0)'s
-    centre in the source's RAS mm.
+    centre in the source's RAS mm. A shape that is not `scaled` has no known size: mm are then arbitrary units.
     """
 
     sdf: Int8[np.ndarray, "n n n"]
     voxel_mm: float
     origin_mm: tuple[float, float, float]
+    scaled: bool = True
 
     @property
     def distance(self) -> Float[np.ndarray, "n n n"]:

@@ -145,6 +145,18 @@ class ShapeModel:
         words = torch.zeros(len(codes), self.plan.text_channels) if words is None else words.nan_to_num(0.0)
         return self.refiner(self.autoencoder.decode(codes), words, self.plan.size)
 
+    def scaled(self, codes: Float[Tensor, "b k"], words: Float[Tensor, "b d"], sigma: float) -> list[bool]:
+        """Whether shapes have a size in mm: those of the Gaussian that they are likeliest of had one in training.
+
+        `words` are values of the field `text` (NaN: none), `sigma` is the noise level of the comparison. Gaussians of
+        shapes without a scale have size 0 with variance 2 (`genmed.train_shapes.fit_mixture`).
+        """
+        z = torch.cat([codes, torch.zeros(len(codes), 1), words.nan_to_num(0.0)], dim=1)
+        hidden = torch.cat([torch.zeros_like(codes), torch.ones(len(codes), 1), words.isnan().float()], dim=1)
+        number = self.mixture.likeliest(z, torch.full_like(z, sigma), hidden)
+        known = (self.mixture.mean[:, self.plan.modes] != 0) | (self.mixture.variance[:, 0] < 2)
+        return [bool(known[i]) for i in number]
+
     def size_of(self, log_voxel_mm: Tensor) -> Tensor:
         """Values of the field `size`."""
         return (log_voxel_mm - self.plan.size_mean) / self.plan.size_deviation

@@ -48,6 +48,17 @@ OTHERS = """
     foot knee ankle muscle tendon ligament cartilage skin eye orbit lens ear tongue larynx pharynx tonsil lymph
     node bean
 """
+# Sides and small words of other languages, beside a name that English shares with them ("thalamus gauche").
+FOREIGN = """
+    links linke linker linkes linken linkem rechts rechte rechter rechtes rechten rechtem linkse rechtse gauche gauches
+    droit droite droits droites izquierdo izquierda izquierdos izquierdas derecho derecha derechos derechas sinistro
+    sinistra sinistri sinistre destro destra destri destre esquerdo esquerda esquerdos esquerdas direito direita
+    direitos direitas sinister sinistrum dexter dextra dextrum lewy lewa lewe lewej prawy prawa prawe prawej vasen oikea
+    der die das dem den des ein eine einer eines mit ohne und nicht vom le la les un une du de avec sans et el los las
+    una con del y il lo gli della dello di senza da dos uma com sem het een zonder med och og utan uten uden
+    klein kleine kleiner kleines grosse grosser grosses petit petite grand grande grandes piccolo piccola
+    pequeno pequena
+"""
 NEGATIONS = {"not", "no", "non", "nor", "neither", "never", "without", "except", "instead", "anything", "isn"}
 WHOLES = {"heart", "cardiac", "brain"}  # words for where a structure is, too: "left ventricle of the heart"
 
@@ -65,7 +76,7 @@ def understand(text: str, categories: Mapping[str, Sequence[str]]) -> Named | st
 
     A category is named where all its words stand in the text, or one of its synonyms; of categories that contain one
     another ("ventricle", "fourth ventricle") the longest counts. A text that also names something else, denies the
-    structure, or puts it on a side where it never is, is not understood.
+    structure, has words of another language, or says a side of which the category has no shapes, is not understood.
     """
     words = _words(text)
     stems = {_stem(word) for word in words}
@@ -86,7 +97,9 @@ def understand(text: str, categories: Mapping[str, Sequence[str]]) -> Named | st
     fixed = [side for side in ("left", "right") if side in _words(category)]
     if fixed and set(sides) - set(fixed):
         return f"has another side than the {category}"
-    sides = [side for side in sides if side in categories[category]]
+    sides = [side for side in sides if side not in fixed]
+    if unknown := [side for side in sides if side not in categories[category]]:
+        return f"says '{unknown[0]}', but this model knows no {unknown[0]} {category}"
     return Named(category, sides[0] if len(sides) == 1 else "")
 
 
@@ -102,11 +115,13 @@ def _doubt(words: Sequence[str], own: set[str]) -> str:
             return f"says '{word}'"
         if word in NEGATIONS and number < len(before):
             return f"says '{word}'"
+        if (word in _FOREIGN or not word.isascii()) and stem not in own:
+            return f"has words of another language ('{word}')"
     return ""
 
 
 def _words(text: str) -> list[str]:
-    return re.findall(r"[^\W\d_]+", text.lower())
+    return re.findall(r"[^\W\d_]+", text.lower().replace("³", ""))
 
 
 def _stem(word: str) -> str:
@@ -116,6 +131,7 @@ def _stem(word: str) -> str:
 
 
 _OTHERS, _FINDINGS = (frozenset(map(_stem, listed.split())) for listed in (OTHERS, FINDINGS))
+_FOREIGN = frozenset(FOREIGN.split())
 
 
 @torch.no_grad()

@@ -409,7 +409,7 @@ def fit_mixture(mixture: Mixture, bank: Bank) -> None:
         weights = bank.weights[rows, None].repeat(1, codes.shape[1])
         weights[:, 1:] /= 2 * (codes.shape[1] - 1)
         size = bank.size[rows]
-        size = size[~size.isnan()] if len(size[~size.isnan()]) > 1 else torch.tensor([-1.0, 1.0])
+        size = size[~size.isnan()] if len(size[~size.isnan()]) > 1 else torch.tensor([-1.0, 1.0])  # ShapeModel.scaled
         text = torch.cat([bank.text[list(bank.captions[i])] for i in rows])
         mean = torch.cat([size.mean()[None], text.mean(0)])
         variance = torch.cat([size.var()[None] + SIZE_FLOOR, text.var(0, correction=0) + TEXT_FLOOR])

@@ -75,6 +75,7 @@ class Volume:
 
     `data` is (c, x, y, z): images of any real type, label maps integer with c = 1. `label_names` maps label
     values to names. `header` is the source's NIfTI header: sform/qform codes and units survive a round trip.
+    `slice_thickness_mm` is what a slice along the third axis averages, where a DICOM header tells.
     """
 
     data: np.ndarray
@@ -82,6 +83,7 @@ class Volume:
     label_names: dict[int, str] = field(default_factory=dict)
     header: nib.nifti1.Nifti1Header | None = None
     path: Path | None = None
+    slice_thickness_mm: float | None = None
 
     def __post_init__(self) -> None:
         if self.data.ndim != 4:
@@ -501,7 +503,8 @@ def _read_dicom(path: Path, series: str | None) -> Volume:
     if len(slices) == 1 and int(slices[0].tags.get("NumberOfFrames") or 1) > 1:
         return _read_multi_frame(slices[0].path, path)
     slices, affine = _stack_geometry(slices, path)
-    return Volume(_dicom_voxels(slices, path), affine, path=path)
+    thickness_mm = _thickness([s.tags for s in slices], float(np.linalg.norm(affine[:3, 2])))
+    return Volume(_dicom_voxels(slices, path), affine, path=path, slice_thickness_mm=thickness_mm)
 
 
 def _is_dicom(path: Path) -> bool:
@@ -583,7 +586,8 @@ def _read_multi_frame(file: Path, path: Path) -> Volume:
     """An enhanced DICOM file whose frames are one even stack; cines and several stacks are errors."""
     import pydicom
 
-    groups = pydicom.dcmread(file, stop_before_pixels=True).get("PerFrameFunctionalGroupsSequence") or []
+    tags = pydicom.dcmread(file, stop_before_pixels=True)
+    groups = tags.get("PerFrameFunctionalGroupsSequence") or []
     planes = [plane for group in groups for plane in group.get("PlanePositionSequence") or []]
     positions = np.array([plane.ImagePositionPatient for plane in planes], dtype=np.float64)
     image = _itk_read(path, str(file))
@@ -593,7 +597,16 @@ def _read_multi_frame(file: Path, path: Path) -> Volume:
     expected = lps[:3, 3] + steps * lps[:3, 2]
     if positions.shape != expected.shape or np.abs(positions - expected).max() > 0.1 * volume.spacing_mm[2]:
         raise GenMedError(f"{path}: DICOM frames are not one even stack of slices; export one stack as NIfTI")
-    return volume
+    groups = [*(tags.get("SharedFunctionalGroupsSequence") or []), *groups]
+    measures = [one for group in groups for one in group.get("PixelMeasuresSequence") or []]
+    return replace(volume, slice_thickness_mm=_thickness(measures, volume.spacing_mm[2]))
+
+
+def _thickness(tags: Sequence[Any], spacing_mm: float) -> float | None:
+    """The one SliceThickness that all slices tell; None where they tell none or several, or where slices overlap."""
+    told = {float(one.get("SliceThickness") or 0) for one in tags}
+    thickness_mm = told.pop() if len(told) == 1 else 0.0
+    return min(thickness_mm, spacing_mm) if 0 < thickness_mm <= 1.01 * spacing_mm else None
 
 
 def _numbers(tags: Any, name: str) -> np.ndarray:

@@ -71,7 +71,8 @@ def _decoded(content: bytes) -> tuple[np.ndarray, np.ndarray, str]:
             for element in piece.iterfind(f"{tag}/DataArray")
             if tag == "Points" or element.get("Name") in ("connectivity", "offsets")
         }
-        connectivity, offsets = arrays.pop("connectivity"), arrays.pop("offsets")
+        none = np.zeros(0, np.int64)  # points alone
+        connectivity, offsets = arrays.pop("connectivity", none), arrays.pop("offsets", none)
         (points,) = arrays.values()
         vertices.append(points.reshape(-1, 3))
         triangles.append(_fans(connectivity.astype(np.int64), offsets.astype(np.int64)) + first)

@@ -193,6 +193,7 @@ def test_tables_name_known_methods_and_each_row_once() -> None:
     [
         (tables.HIPPOCAMPUS_DEGRADED, (31, 40, 24), np.eye(4)),
         (tables.ACDC_DEGRADED, (60, 60, 6), np.diag([-1.5, -1.5, 10, 1])),
+        (tables.LEFT_ATRIUM_DEGRADED, (80, 70, 44), np.diag([-1.25, -1.25, 1.25, 1])),
         (tables.OTHER_CONTRASTS, (31, 40, 24), np.eye(4)),
     ],
 )
@@ -227,6 +228,11 @@ def test_every_second_slice_keeps_neighbours_apart() -> None:
         scan = Volume(np.ones((1, 4, 4, slices), np.float32), np.eye(4))
         kept = np.flatnonzero(tables.every_second(scan, 2).seen[0, 0])
         assert (np.diff(kept) == 2).all() and len(kept) == (slices + 1) // 2
+
+
+@pytest.mark.parametrize("table", ["standard", "degraded"])
+def test_left_atrium_is_compared_with_one_peer(table: str) -> None:
+    assert segmentation._columns(TABLES[table], "left_atrium", None) == [OURS, PLAIN, "dynunet"]
 
 
 def test_sets_never_trained_on_are_kept_for_the_report() -> None:
@@ -448,6 +454,26 @@ def test_other_cases_add_rows_and_are_reported_alone(trained: tuple[Lab, Path, s
     text = run(lab.data, lab.runs, out, part="tune", cases=1, **options)
     assert "| clean | 1 | " in text and len(entries(out)) == 10 and entries(out)[-1]["case"] == IDS[4]
     assert entries(out)[-1]["part"] == "tune"
+
+
+def test_bundled_model_stands_for_a_training_without_any_run(
+    trained: tuple[Lab, Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab, _, _ = trained
+    bundled = tmp_path / "models" / "hippocampus-mr"
+    shutil.copytree(lab.runs / "hippocampus" / "genmed" / "best", bundled)
+    monkeypatch.setattr(hub, "BUNDLED", bundled.parent)
+    monkeypatch.setitem(SETS, "hippocampus-1mm", replace(SETS["hippocampus"], model="hippocampus-mr"))
+    runs, options = tmp_path / "runs", {"table": "confirmed", "cases": 1}
+    text = run(lab.data, runs, tmp_path / "out", methods=[OURS, PLAIN], may_train=False, **options)
+    assert [(e["input"], e["method"]) for e in entries(tmp_path / "out")] == [
+        (row.name, method) for row in tables.CONFIRMED for method in (OURS, PLAIN)
+    ]
+    assert text.count("| hippocampus-mr (bundled, last weights) |") == 1 and not runs.exists()
+    with pytest.raises(GenMedError, match=f"^not trained: {runs}/hippocampus-1mm/dynunet; run without"):
+        run(lab.data, runs, tmp_path / "out", may_train=False, **options)
+    run(lab.data, runs, tmp_path / "out", methods=[OURS], **options)  # allowed to train, it still does not
+    assert not runs.exists()
 
 
 def test_few_shot_draws_train_apart_and_may_start_from_another_structure(

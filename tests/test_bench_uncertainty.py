@@ -60,12 +60,12 @@ def truth() -> Volume:
     return Volume(label, np.eye(4), {1: "Anterior", 2: "Posterior"})
 
 
-def found(soft: np.ndarray, surprise: float = 1.0) -> Segmentation:
+def found(soft: np.ndarray, surprise: float = 1.0, residual: float = 0.0) -> Segmentation:
     """A segmentation with given probabilities whose volume intervals are 0.3 to 0.5 ml."""
     working = Volume(np.zeros((1, *SHAPE), np.uint8), np.eye(4))
     intervals = {name: Interval(0.4, 0.3, 0.5) for name in PLAN.labels[1:]}
     labels = working.like(soft.argmax(axis=0).astype(np.uint8))
-    return Segmentation(labels, working.like(soft), intervals, 0.0, "conditional", "none", 0.1, 0, None, surprise)
+    return Segmentation(labels, working.like(soft), intervals, residual, "conditional", "none", 0.1, 0, None, surprise)
 
 
 def sure(confidence: float, right: bool = True) -> np.ndarray:
@@ -75,8 +75,8 @@ def sure(confidence: float, right: bool = True) -> np.ndarray:
     return np.where(np.arange(3)[:, None, None, None] == chosen, confidence, (1 - confidence) / 2)
 
 
-def finding(name: str, case: str, soft: np.ndarray, plain: float = 1.0) -> Finding:
-    return judge(PLAN, found(soft, surprise=0.25), truth(), name, case, 2.0, plain)
+def finding(name: str, case: str, soft: np.ndarray, plain: float = 1.0, residual: float = 0.0) -> Finding:
+    return judge(PLAN, found(soft, 0.25, residual), truth(), name, case, 2.0, plain)
 
 
 def test_judging_compares_with_the_truth_on_the_working_grid() -> None:
@@ -105,7 +105,7 @@ def test_truth_on_another_grid_is_refused() -> None:
 def test_findings_survive_the_disk_to_the_last_digit(tmp_path: Path) -> None:
     before = {
         ("clean", IDS[0]): finding("clean", IDS[0], sure(1 / 3 + 0.1), math.pi),
-        ("4 slices", IDS[1]): finding("4 slices", IDS[1], sure(0.9), 2 / 3),
+        ("4 slices", IDS[1]): finding("4 slices", IDS[1], sure(0.9), 2 / 3, residual=16 / 3),
     }
     assert read_findings(tmp_path) == {}
     write_findings(tmp_path, before)
@@ -149,11 +149,27 @@ def test_table_gives_exact_numbers() -> None:
     # true volumes 0.384 (inside 0.3 to 0.5) and 0.512 ml (0.012 above): score 0.2 + 40 × 0.012 for one of two
     shared = r"\| 50% \[19%, 81%\] \| 0\.200 \| 0\.440 \|"
     errors = r"0\.200 \[0\.200, 0\.200\] \| 0\.200 \[0\.200, 0\.200\]"
-    assert re.search(rf"{errors} {shared} 2\.0 \| – \| 0\.2 \| 2\.0 \|$", clean)
-    auc = (1 + 1 + 0 + 1 + 1 + 1 + 1 + 1 + 1) / 9
-    assert re.search(rf"0\.700 .* {shared} 3\.5 \| {auc:.2f} \[.*\] \| 0\.2 \| 2\.0 \|$", slices)
+    assert re.search(rf"{errors} {shared} 2\.0 \|$", clean)
+    assert re.search(rf"0\.700 .* {shared} 2\.0 \|$", slices)
     assert "3 cases of 2 persons, 4 samples each" in text and "at most 60%" in text
     assert re.search(r"\| 4 slices \| Anterior \| .* \| 100% \[44%, 100%\] \| 0\.200 \| 0\.200 \|", text)
+
+
+def test_warnings_are_told_from_clean_ones_by_input_and_pooled() -> None:
+    findings: Findings = {}
+    for k, id in enumerate(IDS[:3]):
+        findings["clean", id] = finding("clean", id, sure(0.8), plain=1 + k)
+        findings["4 slices", id] = finding("4 slices", id, sure(0.8), plain=2.5 + k, residual=6.0 * (k > 0))
+        findings["inverted", id] = finding("inverted", id, sure(0.8), plain=0)
+        findings[uncertainty.TOLD, id] = finding(uncertainty.TOLD, id, sure(0.8), plain=9, residual=9)
+    lines = uncertainty.warning_table(findings, dict(zip(IDS[:3], "aab", strict=True)))
+    rows = {line.split(" | ")[0][2:]: re.sub(r" \[.*?\]", "", line).split(" | ")[1:] for line in lines[2:]}
+    # plain surprise 2.5, 3.5, 4.5 against 1, 2, 3: 8 of 9 pairs; of residuals and flags 6 of 9, and 3 ties
+    assert rows["clean"] == ["2.0", "–", "0.2", "–", "0.0", "–", "0 of 3", "– |"]
+    assert rows["4 slices"] == ["3.5", "0.89", "0.2", "0.50", "6.0", "0.83", "2 of 3", "0.83 |"]
+    assert rows["inverted"] == ["0.0", "0.00", "0.2", "0.50", "0.0", "0.50", "0 of 3", "0.50 |"]
+    assert rows[uncertainty.TOLD][-2:] == ["3 of 3", "1.00 |"]
+    assert rows["all but clean and told"] == ["1.2", "0.44", "0.2", "0.50", "0.0", "0.67", "2 of 6", "0.67 |"]
 
 
 def test_run_segments_every_input_once_and_resumes(
@@ -176,8 +192,8 @@ def test_run_segments_every_input_once_and_resumes(
     text = run(model, data, tmp_path, **options)
     assert len(calls) == 2 * len(INPUTS)
     assert all(call["samples"] == 2 and call["grid"] == "model" for call in calls)
-    assert [call["match"] for call in calls[::2]] == ["auto", "auto", "auto", "auto", "affine"]
-    assert [call["observed"] is not None for call in calls[::2]] == [False, False, True, False, False]
+    assert [call["match"] for call in calls[::2]] == 6 * ["auto"] + ["affine"]
+    assert [call["observed"] is not None for call in calls[::2]] == [name == "4 slices" for name in INPUTS]
     assert calls[2]["spacing_mm"] == (8.0, 8.0, 8.0)
     assert run(model, data, tmp_path, **options) == text == (tmp_path / "table.md").read_text()
     assert len(calls) == 2 * len(INPUTS)

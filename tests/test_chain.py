@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from test_cli import failed_in_one_line
-from test_complete import genmed, kidney
+from test_comparison import scene_of
+from test_complete import figures_of, genmed, kidney
 from test_hub import CARD
 from test_shape import dice
 from tiny import PLAN as BASE
@@ -26,7 +27,7 @@ from genmed.errors import GenMedError
 from genmed.hub import Model
 from genmed.shape_model import ShapeModel, load_shapes
 from genmed.tasks import chain as task
-from genmed.tasks.chain import Structure, completed, divided, joined, structures_of
+from genmed.tasks.chain import Structure, completed, divided, joined, seen_slices, structures_of
 from genmed.tasks.segment import Interval, Segmentation
 from genmed.volume import Grid, Volume, read_labels
 
@@ -75,6 +76,7 @@ def segmented(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         return Segmentation(
             labels=scan, probabilities=Volume(soft, AFFINE), residual=0.0, mode=chosen["mode"], match="none",
             volume_ml={"kidney": Interval(1, 1, 1), "stone": Interval(2, 2, 2)}, seconds=0.1, seed=seed, image=None,
+            observed=observed,
         )  # fmt: skip
 
     monkeypatch.setattr(task, "segment", segment)
@@ -119,7 +121,7 @@ def test_the_chain_completes_known_labels_and_leaves_others(shapes: ShapeModel, 
     assert (labels[30:33, 30:33, 30:33] == 5).all() and (labels == 5).sum() == 27
     np.testing.assert_array_equal((labels == 1)[seen], kidney()[seen])
     assert list(made.completed) == ["kidney"] and made.completed["kidney"]["text"] == "kidney"
-    assert len(made.notes) == 1 and "stone: the completion model knows no such structure" in made.notes[0]
+    assert len(made.notes) == 1 and 'stone: not completed, since "stone" names no structure' in made.notes[0]
     volumes = made.segmentation.volume_ml
     assert volumes["kidney"]._asdict() == made.completed["kidney"]["volume_ml"]
     assert volumes["stone"] == Interval(2, 2, 2)
@@ -216,6 +218,14 @@ def test_names_of_labels_lead_to_structures(
     assert len(notes) == (0 if label else len(set(labels) - covered))
 
 
+def test_sides_that_the_shapes_do_not_have_are_taken_of_labels_but_not_of_words(shapes: ShapeModel) -> None:
+    plan = replace(PLAN, labels=("background", "adrenal_gland_left"), label_values=(0, 1))
+    model = replace(shapes, plan=replace(shapes.plan, categories={"adrenal gland": ()}))
+    assert structures_of(plan, model) == ([Structure(("adrenal_gland_left",), "adrenal gland")], [])
+    found, notes = structures_of(plan, model, "adrenal_gland_left", "left adrenal gland")
+    assert not found and "says 'left', but this model knows no left adrenal gland" in notes[0]
+
+
 @pytest.mark.parametrize(
     "options, words",
     [({"label": "liver"}, "--label liver"), ({"label": "kidney,kidney"}, "twice"), ({"text": "kidney"}, "--text")],
@@ -243,7 +253,7 @@ def test_the_command_writes_what_segment_does_and_says_what_was_kept(
     assert result.exit_code == 0, result.output
     case = json.loads(result.stdout)["cases"]["scan"]
     assert list(case["completed"]) == ["kidney"] and case["structures"]["kidney"]["ml"] > 0
-    assert "genmed: stone: the completion model knows no such structure" in result.stderr
+    assert 'genmed: stone: not completed, since "stone" names no structure' in result.stderr
     given, made = nib.load(path), nib.load(tmp_path / "out" / "scan.nii.gz")
     assert np.array_equal(given.affine, made.affine) and given.shape == made.shape
     assert dice(np.asarray(made.dataobj) == 1, kidney()) > 0.85
@@ -257,16 +267,72 @@ def test_the_command_writes_what_segment_does_and_says_what_was_kept(
     assert fine.exit_code == 0 and (tmp_path / "fine.nii.gz.manifest.json").is_file()
 
 
+def test_a_page_shows_the_segmentation_alone_beside_its_completion(
+    files: tuple[Path, Path, Path], tiny_shapes_model: Path, segmented: dict[str, Any], tmp_path: Path
+) -> None:
+    path, seen, model = files
+    truth = np.where(kidney(), 1, 0).astype(np.uint8)
+    truth[30:33, 30:33, 30:33] = 5
+    Volume(truth[None], AFFINE).save(tmp_path / "truth.nii.gz")
+    page, out = tmp_path / "page.html", tmp_path / "out.nii.gz"
+    result = genmed("chain", path, "--segment", model, "--complete", tiny_shapes_model, "--observed", seen,
+                    "--shapes", 1, "--out", out, "--page", page, "--truth", tmp_path / "truth.nii.gz")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    scene = scene_of(page.read_text("utf-8"))
+    alone, completed = figures_of(page.read_text("utf-8"))
+    found = truth * few_slices()
+    found[30:33, 30:33, 30:33] = 5
+    assert alone["Dice"] == f"{dice(found != 0, truth != 0):.3f}"
+    assert completed["Dice"] == f"{dice(read_labels(out).data[0] != 0, truth != 0):.3f}" > "0.8" > alone["Dice"]
+    assert [np.unique(np.array(plane)[:, 2]).tolist() for plane in scene["planes"]] == [[24], [48], [72], [96]]
+    assert scene["ghost"] and "stone" in page.read_text("utf-8")
+
+
+def test_of_neighbouring_slices_the_first_and_the_last_are_drawn() -> None:
+    seen = np.zeros((4, 5, 9), bool)
+    seen[:, :, [0, 3, 4, 5, 6, 8]] = True
+    seen[1, 2] = True
+    assert seen_slices(seen) == [(2, 0), (2, 3), (2, 6), (2, 8)]
+    assert seen_slices(np.ones((3, 3, 3), bool)) == seen_slices(np.eye(3, dtype=bool)[None]) == []
+
+
 def test_bad_input_ends_in_one_line(files: tuple[Path, Path, Path], tiny_shapes_model: Path, tmp_path: Path) -> None:
     path, _, model = files
+    both = ("--segment", model, "--complete", tiny_shapes_model)
     for arguments, words in (
         (("--segment", model, "--complete", model), "is a model of images, not of shapes"),
         (("--segment", model, "--complete", tiny_shapes_model, "--label", "liver"), "--label liver"),
         (("--segment", model, "--complete", tiny_shapes_model, "--shapes", 0), "--shapes 0"),
         (("--segment", model, "--complete", tmp_path / "absent"), "absent"),
+        ((*both, "--truth", path), "--page"),
+        ((*both, "--page", tmp_path / "page.png"), "page.html"),
+        ((*both, "--page", tmp_path / "page.html", "--truth", tmp_path / "none.stl"), "none.stl"),
+        ((*both, "--page", tmp_path / "page.html", "--truth", path), "are not labels"),
     ):
         failed_in_one_line(genmed("chain", path, *arguments, "--out", tmp_path / "o.nii.gz"), words)
         assert not (tmp_path / "o.nii.gz").exists()
+    page = tmp_path / "page.html"
+    failed_in_one_line(genmed("chain", path, *both, "--page", page, "--out", tmp_path / "o"), "--page", "one scan")
+    assert not page.exists() and not (tmp_path / "o").exists()
+
+
+def test_a_page_of_nothing_is_refused_and_nothing_is_written(
+    files: tuple[Path, Path, Path], tiny_shapes_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path, _, model = files
+
+    def segment(model: Model, scan: Volume, **asked: Any) -> Segmentation:
+        soft = np.stack([np.ones((36, 36, 36)), *np.zeros((2, 36, 36, 36))]).astype(np.float32)
+        return Segmentation(
+            labels=scan, probabilities=Volume(soft, AFFINE), residual=0.0, mode="conditional", match="none",
+            volume_ml={}, seconds=0.1, seed=0, image=None,
+        )  # fmt: skip
+
+    monkeypatch.setattr(task, "segment", segment)
+    out, page = tmp_path / "o.nii.gz", tmp_path / "page.html"
+    options = ("--segment", model, "--complete", tiny_shapes_model, "--out", out, "--page", page)
+    failed_in_one_line(genmed("chain", path, *options), "no structure was found")
+    assert not out.exists() and not page.exists()
 
 
 def test_the_bench_goes_on_where_it_was_and_compares_pairs(

@@ -2,29 +2,33 @@
 
 import base64
 import json
+import re
 import zlib
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from test_cli import failed_in_one_line
+from test_comparison import scene_of
 from test_mesh import ball, together
 from test_shape import AFFINES, dice
 from tiny_shapes import EXTENT_MM, RADII, ellipsoid_distance
 from typer.testing import CliRunner, Result
 
 import genmed as gm
-from genmed.cli import app
+from genmed.cli import _warn, app
 from genmed.comparison import OBSERVED, REDUNDANT, UNOBSERVED
 from genmed.cue import cue_of_labels, planes_of
 from genmed.errors import GenMedError
 from genmed.guide import Diverged
 from genmed.mesh import Mesh, read_mesh, save_mesh
+from genmed.pose import Posed
 from genmed.shape import TRUNCATION
 from genmed.shape_model import ShapeModel, ShapePlan, build_shapes_model, load_shapes
 from genmed.tasks import shapes
-from genmed.tasks.complete import Completion, shape_at
+from genmed.tasks.complete import Completion, believed, shape_at
 from genmed.tasks.shapes import complete_file, cue_of_sections, generate_files, parse_planes
 from genmed.text import embed
 from genmed.volume import Grid, Volume
@@ -88,6 +92,25 @@ def test_generated_sizes_follow_the_caption(model: ShapeModel) -> None:
     assert len(gm.generate(model, 2)) == 2
 
 
+def test_shapes_without_a_scale_have_no_size(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As training leaves a structure whose shapes had none."""
+    model, size = load_shapes(folder), 24  # after the codes
+    kidney_words = model.text_of(embed(["left kidney"]))
+    kidneys = int(((kidney_words - model.words[:-1]) ** 2).sum(dim=1).argmin())
+    facts = [generate_files(model, tmp_path, 2, text="left kidney")]
+    assert facts[0]["scale_known"] and all(row["volume_ml"] > 0 and row["extent_mm"] > 0 for row in facts[0]["shapes"])
+    model.mixture.mean[kidneys, size], model.mixture.variance[kidneys, 0] = 0.0, 2.02
+    facts.append(generate_files(model, tmp_path, 2, text="left kidney"))
+    assert not facts[1]["scale_known"] and json.loads((tmp_path / "generated.json").read_text()) == facts[1]
+    assert [(row["volume_ml"], row["extent_mm"]) for row in facts[1]["shapes"]] == [(None, None)] * 2
+    assert generate_files(model, tmp_path, 2, text="left femur")["scale_known"]
+    for entry in facts:
+        _warn(entry, "no size")
+    assert capsys.readouterr().err == "genmed: no size\n"
+    cue = cue_of_labels(kidney(), np.diag([4.0, 4, 4, 1]))
+    assert not gm.complete(model, cue, text=embed(["left kidney"])[0], samples=1).shapes[0].scaled
+
+
 @pytest.mark.parametrize("affine", [np.diag([4.0, 4, 4, 1]), *(a @ np.diag([4.0, 4, 4, 1]) for a in AFFINES.values())])
 def test_the_result_lies_on_the_grid_and_keeps_what_was_seen(
     affine: np.ndarray, folder: Path, tmp_path: Path
@@ -138,6 +161,112 @@ def test_a_mask_text_and_a_mesh_out(part: Path, folder: Path, tmp_path: Path) ->
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["text"] == "left kidney"
     assert read_mesh(out).volume_ml == pytest.approx(kidney().sum() * 64 / 1000, rel=0.4)
+
+
+def test_a_surface_is_seen_where_a_mask_in_mm_says(folder: Path, tmp_path: Path) -> None:
+    radii = np.array(RADII["kidney"]) * EXTENT_MM["kidney"] / 2
+    middle = np.array([200.0, -30, 70])
+    whole = Mesh(ball(1.0).vertices * radii + middle, ball(1.0).faces)
+    below = whole.vertices[whole.faces][:, :, 2].min(axis=1) < middle[2] - 4
+    save_mesh(Mesh(whole.vertices, whole.faces[~below]), tmp_path / "part.stl")  # much more open than can be repaired
+    affine = np.diag([-4.0, 4, 4, 1])
+    affine[:3, 3] = middle + np.array([100, -100, 2])
+    Volume(np.ones((1, 50, 50, 30), np.uint8), affine).save(tmp_path / "mask.nii.gz")
+    out = tmp_path / "out.ply"
+    result = genmed("complete", tmp_path / "part.stl", "--model", folder, "--out", out, "--samples", 1,
+                    "--observed", tmp_path / "mask.nii.gz", "--page", tmp_path / "page.html")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    made = read_mesh(out)
+    np.testing.assert_allclose((made.vertices.min(axis=0) + made.vertices.max(axis=0)) / 2, middle, atol=12)
+    seen, completed = matter_of((tmp_path / "page.html").read_text("utf-8"))
+    assert set(seen) == {OBSERVED} and set(completed) == {OBSERVED, UNOBSERVED}
+
+
+@pytest.mark.parametrize("suffix", [".ply", ".vtp", ".xyz"])
+def test_points_on_a_surface_are_completed(suffix: str, folder: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    way = rng.normal(size=(400, 3))
+    radii = np.array(RADII["kidney"]) * EXTENT_MM["kidney"] / 2
+    points = way / np.linalg.norm(way, axis=1, keepdims=True) * radii + rng.normal(0, 2, way.shape) + [200, -30, 70]
+    out = tmp_path / "out.stl"
+    result = genmed("complete", cloud(tmp_path / f"part{suffix}", points), "--model", folder, "--out", out,
+                    "--samples", 1, "--page", tmp_path / "page.html")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    made = read_mesh(out)
+    np.testing.assert_allclose((made.vertices.min(axis=0) + made.vertices.max(axis=0)) / 2, [200, -30, 70], atol=6)
+    assert made.volume_ml == pytest.approx(4 / 3 * np.pi * np.prod(radii) / 1000, rel=0.2)
+    assert json.loads((tmp_path / "out.manifest.json").read_text())["doubtful"]
+
+
+def cloud(path: Path, points: np.ndarray) -> Path:
+    """A file of points without triangles."""
+    lines = "\n".join(" ".join(map(str, point)) for point in points.tolist())
+    properties = "property float x\nproperty float y\nproperty float z\nend_header\n"
+    heads = {".xyz": "", ".ply": f"ply\nformat ascii 1.0\nelement vertex {len(points)}\n{properties}"}
+    vtp = (
+        "<VTKFile type='PolyData'><PolyData><Piece><Points><DataArray type='Float64' NumberOfComponents='3' "
+        f"format='ascii'>{lines}</DataArray></Points></Piece></PolyData></VTKFile>"
+    )
+    path.write_text(vtp if path.suffix == ".vtp" else heads[path.suffix] + lines)
+    return path
+
+
+def test_bad_points_give_one_line(part: Path, folder: Path, tmp_path: Path) -> None:
+    points = np.random.default_rng(0).normal(0, 20, (50, 3))
+    sound = cloud(tmp_path / "sound.ply", points)
+    for path, options, words in (
+        (cloud(tmp_path / "few.ply", points[:9]), [], "9 different points"),
+        (cloud(tmp_path / "none.ply", points[:0]), [], "no points"),
+        (cloud(tmp_path / "one.xyz", np.ones((60, 3))), [], "lie in one place"),
+        (cloud(tmp_path / "nan.ply", np.where(np.arange(150).reshape(50, 3) == 7, np.nan, points)), [], "not finite"),
+        (cloud(tmp_path / "metres.vtp", points / 1000), [], "metres"),
+        (sound, ["--planes", "axial=1"], "all of which count"),
+        (sound, ["--observed", part], "all of which count"),
+    ):
+        result = genmed("complete", path, "--model", folder, "--out", tmp_path / "out.stl", *options)
+        failed_in_one_line(result, path.name, words)
+
+
+def test_probabilities_lie_beside_the_label_map_and_agree_with_it(part: Path, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.nii.gz"
+    options = ("--planes", TRIPLE, "--samples", 3, "--probabilities")
+    assert genmed("complete", part, "--model", folder, "--out", out, *options).exit_code == 0
+    chance, given = nib.load(tmp_path / "out.probabilities.nii.gz"), nib.load(part)
+    assert np.array_equal(chance.affine, given.affine) and chance.get_data_dtype() == np.float32
+    values = np.asarray(chance.dataobj)
+    assert values.min() == 0 and values.max() == 1 and ((values > 0) & (values < 1)).any()
+    np.testing.assert_array_equal(values > 0.5, np.asarray(nib.load(out).dataobj) != 0)
+    np.testing.assert_array_equal(values[:, :, 14], kidney()[:, :, 14])
+    facts = json.loads((tmp_path / "out.manifest.json").read_text())
+    assert facts["probabilities"] == str(tmp_path / "out.probabilities.nii.gz") and not facts["doubtful"]
+    same = tmp_path / "x.probabilities.nii.gz"
+    same.write_bytes(part.read_bytes())
+    failed_in_one_line(genmed("complete", same, "--model", folder, "--out", tmp_path / "x.nii.gz", "--probabilities"),
+                       "would overwrite")  # fmt: skip
+    failed_in_one_line(genmed("complete", part, "--model", folder, "--out", tmp_path / "x.stl", "--probabilities"),
+                       "--probabilities", "x.nii.gz")  # fmt: skip
+
+
+def test_seen_voxels_of_a_doubtful_part_may_change(part: Path, folder: Path, tmp_path: Path) -> None:
+    label = gm.read_labels(part)
+    data = label.data.copy()
+    excess = np.zeros(kidney().shape, bool)
+    excess[24:29, 16:20, 13:16] = True
+    excess &= ~kidney()
+    data[0, excess] = 1
+    Volume(data, label.affine).save(tmp_path / "wrong.nii.gz")
+    seen = np.s_[:, :, 14]
+    found = {}
+    for flags in ((), ("--doubtful",)):
+        out = tmp_path / "out.nii.gz"
+        result = genmed("complete", tmp_path / "wrong.nii.gz", "--model", folder, "--out", out, "--samples", 1,
+                        "--planes", TRIPLE, *flags)  # fmt: skip
+        assert result.exit_code == 0, result.output
+        assert json.loads((tmp_path / "out.manifest.json").read_text())["doubtful"] == bool(flags)
+        found[flags] = gm.read_labels(out).data[0]
+    np.testing.assert_array_equal(found[()][seen], data[0][seen])
+    assert found[()][excess & (np.indices(excess.shape)[2] == 14)].all()
+    assert not found[("--doubtful",)][seen][excess[seen]].all()
 
 
 def test_a_surface_is_cut_by_planes_in_mm(folder: Path, tmp_path: Path) -> None:
@@ -241,6 +370,30 @@ def test_a_page_shows_what_was_seen_beside_the_completion(part: Path, folder: Pa
     assert json.loads((tmp_path / "out.manifest.json").read_text())["page"] == str(page)
 
 
+def figures_of(page: str) -> list[dict[str, str]]:
+    columns = re.findall(r"<figcaption>(.*?)</figcaption>", page)
+    return [dict(re.findall(r"<dt>(.*?)</dt> <dd>(.*?)</dd>", column)) for column in columns]
+
+
+def test_a_truth_is_a_ghost_and_measures_both_columns(part: Path, folder: Path, tmp_path: Path) -> None:
+    pages, out = [], tmp_path / "out.nii.gz"
+    for truth in ([], ["--truth", part]):
+        result = genmed("complete", part, "--model", folder, "--out", out, "--samples", 1, "--planes", TRIPLE,
+                        "--page", tmp_path / "page.html", *truth)  # fmt: skip
+        assert result.exit_code == 0, result.output
+        pages.append(((tmp_path / "page.html").read_text("utf-8"), out.read_bytes()))
+    (plain, before), (page, after) = pages
+    assert before == after  # nothing but the page looks at the truth
+    assert scene_of(plain)["ghost"] is None and scene_of(page)["ghost"]
+    seen, completed = figures_of(page)
+    slabs = planes_of(gm.read_labels(part), {"axial": [14], "coronal": [18], "sagittal": [17]}) & kidney()
+    assert seen["Dice"] == f"{dice(slabs, kidney()):.3f}"
+    assert completed["Dice"] == f"{dice(gm.read_labels(out).data[0] != 0, kidney()):.3f}" > "0.85"
+    assert float(completed["UHD ×100"]) < float(seen["UHD ×100"]) and "Chamfer ×100" in seen
+    assert not any("Dice" in column for column in figures_of(plain))
+    assert json.loads((tmp_path / "out.manifest.json").read_text())["truth"] == str(part)
+
+
 @pytest.mark.parametrize("planes", [[], ["--planes", "axial=75,sagittal=198"]])
 def test_a_page_of_a_surface_shows_matter_that_does_not_belong(planes: list[str], folder: Path, tmp_path: Path) -> None:
     radii = np.array(RADII["kidney"]) * EXTENT_MM["kidney"] / 2
@@ -260,6 +413,7 @@ def test_a_page_of_a_surface_shows_matter_that_does_not_belong(planes: list[str]
         ("spleen of a cat's left liver and kidney", "names several structures (kidney, spleen)"),
         ("linke Niere", "names no structure that this model knows (femur, kidney, spleen)"),
         ("renal artery", "also says 'artery', so that kidney may not be meant"),
+        ("linke kidney", "has words of another language ('linke'), so that kidney may not be meant"),
     ],
 )
 def test_a_text_that_is_not_of_one_known_structure_is_said_and_not_used(
@@ -272,6 +426,12 @@ def test_a_text_that_is_not_of_one_known_structure_is_said_and_not_used(
     assert json.loads((tmp_path / "out.manifest.json").read_text())["text"] is None
     made = genmed("generate", "--model", folder, "--out", tmp_path, "-n", 1, "--text", words)
     assert made.exit_code == 0 and f'"{words}" {why}; going on without text' in made.stderr
+
+
+def test_a_side_that_a_structure_has_not_is_left_out(blank: ShapeModel) -> None:
+    warning, found = shapes.words(blank, "left kidney")
+    assert 'going on with "kidney"' in warning
+    assert torch.equal(found, embed(["kidney"])[0])
 
 
 def test_generate_writes_surfaces_and_what_they_are(folder: Path, tmp_path: Path) -> None:
@@ -295,6 +455,9 @@ def test_generate_writes_surfaces_and_what_they_are(folder: Path, tmp_path: Path
         (["--seed", -1], ["seed"]),
         (["--out", "out.txt"], ["out.txt", ".stl"]),
         (["--page", "page.txt"], ["--page page.txt", "page.html"]),
+        (["--truth", "part.nii.gz"], ["--truth part.nii.gz", "--page"]),
+        (["--page", "page.html", "--truth", "nowhere.stl"], ["nowhere.stl", "not found"]),
+        (["--page", "page.html", "--truth", "out.nii.gz"], ["out.nii.gz", "overwrite the truth"]),
         (["--model", "hippocampus-mr"], ["model of images"]),
         (["--observed", "nowhere.nii.gz"], ["nowhere.nii.gz"]),
     ],
@@ -304,7 +467,7 @@ def test_bad_options_give_one_line_and_no_file(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     chosen: dict[object, object] = {"--model": folder, "--out": "out.nii.gz"}
-    chosen |= {options[0]: options[1]}
+    chosen |= dict(zip(options[::2], options[1::2], strict=True))
     result = genmed("complete", part, *(word for pair in chosen.items() for word in pair))
     failed_in_one_line(result, *words)
     assert [path.name for path in tmp_path.iterdir()] == ["part.nii.gz"]
@@ -343,6 +506,28 @@ def blank() -> ShapeModel:
     return build_shapes_model(ShapePlan("blank", {"kidney": ()}, 16, 8, 4, 2, 8, 1, 0.0, 1.0))
 
 
+@pytest.mark.parametrize("doubtful", [True, False])
+def test_a_border_is_believed_where_it_is_near(doubtful: bool) -> None:
+    n, step_mm = 48, 2.0
+    blank = build_shapes_model(ShapePlan("blank", {"kidney": ()}, n, 8, 4, 2, 8, 1, 0.0, 1.0))
+    place = step_mm * (np.moveaxis(np.indices((n, n, n)), 0, -1) - (n - 1) / 2)
+
+    def away(middle: list[float], radius: float) -> np.ndarray:
+        return (np.linalg.norm(place - middle, axis=-1) - radius) / step_mm
+
+    radius = 0.25 * n * step_mm
+    seen, beside = away([0, 0, 0], radius) < 0, away([radius, radius, 0], 0.5 * radius) < 0
+    affine = np.diag([step_mm, step_mm, step_mm, 1])
+    affine[:3, 3] = place[0, 0, 0]
+    cue = cue_of_labels(seen | beside, affine, doubtful=doubtful)
+    posed = Posed(blank, cue, torch.tensor([[0.0, 0.0, 0.0, np.log(step_mm)]]))
+    made = torch.from_numpy(away([0, 0, 0], radius - 1.4 * step_mm)[None, None]).float().clamp(-TRUNCATION, TRUNCATION)
+    found = believed(made, posed)[0, 0].numpy() < 0
+    assert (found ^ seen)[~beside].sum() < 0.003 * seen.sum()  # but where both bodies meet
+    inner = away([radius, radius, 0], 0.5 * radius - 4 * step_mm) < 0
+    assert not found[inner & ~seen].any()
+
+
 @pytest.mark.parametrize("place", ["out", "page"])
 def test_a_place_where_nothing_can_be_written_is_told_before_any_work(
     place: str, part: Path, blank: ShapeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -377,6 +562,8 @@ def test_bad_parts_give_one_line(folder: Path, tmp_path: Path) -> None:
     Volume(np.full((1, 8, 8, 8), 0.5, np.float32), np.eye(4)).save(half)
     empty = tmp_path / "empty.nii.gz"
     Volume(np.zeros((1, 8, 8, 8), np.uint8), np.eye(4)).save(empty)
+    away = tmp_path / "away.nii.gz"
+    Volume(np.ones((1, 8, 8, 8), np.uint8), np.diag([1.0, 1, 1, 1])).save(away)  # inside of all surfaces below
     metres = tmp_path / "metres.stl"
     save_mesh(ball(0.05), metres)
     opened = tmp_path / "open.stl"
@@ -394,7 +581,8 @@ def test_bad_parts_give_one_line(folder: Path, tmp_path: Path) -> None:
         (opened, [], "open"),
         (flat, [], "flat.stl"),
         (sound, ["--planes", "axial=400"], "no plane meets"),
-        (sound, ["--observed", str(empty)], "--observed"),
+        (sound, ["--observed", str(empty)], "sound.stl: the mask is empty"),
+        (sound, ["--observed", str(away)], "sound.stl: mask and surface do not meet"),
         (tmp_path / "absent.nii.gz", [], "absent.nii.gz"),
     ):
         failed_in_one_line(genmed("complete", path, "--model", folder, "--out", tmp_path / "out.stl", *options), words)

@@ -47,6 +47,27 @@ def test_a_region_seen_in_depth_bounds_from_both_sides() -> None:
     assert deep.any() and (cue.upper_mm[deep] < -3).all()
 
 
+@pytest.mark.parametrize("affine", [np.eye(4), *AFFINES.values()])
+@pytest.mark.parametrize("kind", ["half", "all"])
+def test_the_border_of_a_map_has_the_true_distances(kind: str, affine: np.ndarray) -> None:
+    seen = seen_of(kind)
+    border = cue_of_labels(ball_mask(), affine, seen).border
+    assert border is not None and len(border.points_mm) > 1000
+    middle = affine[:3, :3] @ MIDDLE + affine[:3, 3]
+    distance = np.linalg.norm(border.points_mm - middle, axis=1) - RADIUS
+    np.testing.assert_allclose(border.distance_mm, distance, atol=0.9)  # of a voxelised ball
+    voxel = np.rint((border.points_mm - affine[:3, 3]) @ np.linalg.inv(affine[:3, :3]).T).astype(int)
+    np.testing.assert_array_equal(ball_mask()[tuple(voxel.T)], border.distance_mm < 0)
+    assert seen[tuple(voxel.T)].all()
+
+
+def test_doubt_leaves_a_smooth_border_and_takes_a_rough_one() -> None:
+    smooth, rough = ball_mask(), ball_mask() ^ (np.random.default_rng(0).random((32, 32, 32)) < 0.1)
+    assert cue_of_labels(smooth, np.eye(4), doubtful=True).border is not None
+    assert cue_of_labels(rough, np.eye(4), doubtful=True).border is None
+    assert cue_of_labels(rough, np.eye(4)).border is not None
+
+
 @pytest.mark.parametrize("axis", [0, 1, 2])
 @pytest.mark.parametrize("end", ["first", "last"])
 def test_the_end_of_the_array_is_no_end_of_the_structure(axis: int, end: str) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genmed.errors import GenMedError
-from genmed.mesh import SAVE_SUFFIXES, Mesh, _distance, read_mesh, repair, save_mesh, signed_distance, surface, winding
+from genmed.mesh import MESH_SUFFIXES, Mesh, _distance, read_mesh, repair, save_mesh, signed_distance, surface, winding
 from genmed.volume import Grid
 
 
@@ -54,7 +54,7 @@ def centres(grid: Grid) -> np.ndarray:
 # Files
 
 
-@pytest.mark.parametrize("suffix", [s for s in SAVE_SUFFIXES if s != ".glb"])
+@pytest.mark.parametrize("suffix", MESH_SUFFIXES)
 def test_surfaces_come_back_from_every_format(tmp_path: Path, suffix: str) -> None:
     mesh = ball(at=(100.0, -40.0, 12.5), detail=2)
     back, _ = repair(read_mesh(save_mesh(mesh, tmp_path / f"ball{suffix}")))
@@ -63,7 +63,7 @@ def test_surfaces_come_back_from_every_format(tmp_path: Path, suffix: str) -> No
     np.testing.assert_allclose(back.vertices.min(axis=0), mesh.vertices.min(axis=0), atol=1e-4)
 
 
-@pytest.mark.parametrize("suffix", [s for s in SAVE_SUFFIXES if s != ".glb"])
+@pytest.mark.parametrize("suffix", [s for s in MESH_SUFFIXES if s != ".glb"])
 def test_files_that_say_lps_are_turned_and_ours_say_ras(tmp_path: Path, suffix: str) -> None:
     """As 3D Slicer writes them, and reads them: without a word it takes LPS."""
     mesh = ball(at=(100.0, -40.0, 12.5), detail=2)
@@ -77,11 +77,28 @@ def test_files_that_say_lps_are_turned_and_ours_say_ras(tmp_path: Path, suffix: 
     assert turned.volume_ml == pytest.approx(mesh.volume_ml, rel=1e-5)
 
 
-def test_an_ascii_stl_of_slicer_is_turned(tmp_path: Path) -> None:
-    text = trimesh.exchange.stl.export_stl_ascii(_as_trimesh(ball(at=(100.0, -40.0, 12.5), detail=1)))
-    path = tmp_path / "segment.stl"
-    path.write_text("solid 3D Slicer output. SPACE=LPS" + text[text.index("\n") :])
-    np.testing.assert_allclose(read_mesh(path).vertices.mean(axis=0), [-100, 40, 12.5], atol=1)
+@pytest.mark.parametrize("space", ["SPACE=LPS", "SPACE=RAS", "no word of it"])
+@pytest.mark.parametrize(
+    ("name", "header"),
+    [
+        ("segment.stl", "solid 3D Slicer output. {}"),
+        ("segment.ply", "ply\nformat ascii 1.0\ncomment VTK generated PLY File\ncomment {}"),
+        ("segment.obj", "# 3D Slicer output. {}\n\nmtllib segment.mtl"),
+    ],
+)
+def test_text_files_of_slicer_lie_where_they_say(tmp_path: Path, name: str, header: str, space: str) -> None:
+    """Headers as vtkMRMLModelStorageNode has VTK's writers put them; a file that says nothing is RAS."""
+    mesh = _as_trimesh(ball(at=(100.0, -40.0, 12.5), detail=1))
+    content, start = {
+        ".stl": (mesh.export(file_type="stl_ascii"), "\n"),
+        ".ply": (mesh.export(file_type="ply", encoding="ascii").decode(), "\nelement"),
+        ".obj": (mesh.export(file_type="obj"), "\nv "),
+    }[name[-4:]]
+    (tmp_path / name).write_text(header.format(space) + content[content.index(start) :])
+    x, y, z = mesh.center_mass * ([-1, -1, 1] if space == "SPACE=LPS" else [1, 1, 1])
+    back = _as_trimesh(read_mesh(tmp_path / name))
+    np.testing.assert_allclose(back.center_mass, [x, y, z], atol=1e-3)
+    assert back.volume == pytest.approx(mesh.volume, rel=1e-4)
 
 
 def test_vertices_of_no_face_do_not_count(tmp_path: Path) -> None:
@@ -92,10 +109,23 @@ def test_vertices_of_no_face_do_not_count(tmp_path: Path) -> None:
     assert read_mesh(path).extent_mm == pytest.approx(mesh.extent_mm)
 
 
-def test_glb_holds_the_same_millimetres(tmp_path: Path) -> None:
-    mesh = box()
-    loaded = trimesh.load_mesh(save_mesh(mesh, tmp_path / "box.glb"))
-    np.testing.assert_allclose(sorted(loaded.extents), [6, 10, 20], rtol=1e-6)
+def test_glb_holds_the_same_millimetres_and_triangles(tmp_path: Path) -> None:
+    mesh = ball(at=(100.0, -40.0, 12.5), detail=2)
+    back = read_mesh(save_mesh(mesh, tmp_path / "ball.glb"))
+    np.testing.assert_array_equal(back.vertices, mesh.vertices.astype(np.float32))
+    np.testing.assert_array_equal(back.faces, mesh.faces)
+    again = read_mesh(save_mesh(back, tmp_path / "again.glb"))
+    np.testing.assert_array_equal(again.vertices, back.vertices)
+
+
+def test_parts_of_a_glb_are_joined_where_its_scene_puts_them(tmp_path: Path) -> None:
+    moved_by = trimesh.transformations.translation_matrix((100, -40, 12.5))
+    scene = trimesh.Scene(_as_trimesh(box()))
+    scene.add_geometry(_as_trimesh(ball(5.0)), transform=moved_by)
+    (tmp_path / "two.glb").write_bytes(scene.export(file_type="glb"))
+    back = read_mesh(tmp_path / "two.glb")
+    np.testing.assert_allclose(back.vertices.min(axis=0), [-10, -45, -3], atol=1e-4)
+    np.testing.assert_allclose(back.vertices.max(axis=0), [105, 5, 17.5], atol=1e-4)
 
 
 def vtk_file(mesh: Mesh, appended: str | None, compressed: bool, order: str = "<") -> bytes:
@@ -163,6 +193,8 @@ def test_polygons_of_a_vtp_become_triangles(tmp_path: Path) -> None:
         ("a.ply", b"ply\nformat ascii 1.0\nelement vertex 1\nproperty float x\nproperty float y\nproperty float z\n"
                   b"end_header\n0 0 0\n", "no triangles"),
         ("a.obj", b"v 0 0 0\nv 9 0 0\nv 0 9 0\nf 1 2 7\n", "cannot be read|do not exist"),
+        ("a.glb", b"glTF", "cannot be read"),
+        ("a.glb", trimesh.Scene(trimesh.PointCloud(np.eye(3))).export(file_type="glb"), "no triangles"),
         ("a.vtp", b"<VTKFile type='ImageData'/>", "ImageData"),
         ("a.vtp", b"<VTKFile", "cannot be read as VTP"),
         ("a.obj", b"v 0 0 0\nv nan 0 0\nv 0 9 0\nf 1 2 3\n", "not finite"),

@@ -4,12 +4,12 @@ import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pytest
+import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,9 +20,10 @@ from typer.testing import CliRunner
 
 import genmed
 from genmed import hub
-from genmed.bench.restore import fidelity, interpolated
+from genmed.bench import restore as bench
+from genmed.bench.restore import fidelity, interpolated, matched, on_scale, total_variation
 from genmed.cli import app
-from genmed.degrade import coarser, inverted, keep_slices
+from genmed.degrade import coarser, gamma, gaussian_noise, inverted, keep_slices
 from genmed.errors import GenMedError
 from genmed.hub import Model
 from genmed.space import Space
@@ -31,7 +32,7 @@ from genmed.tasks import restore as task
 from genmed.tasks import run
 from genmed.tasks.restore import Restoration, line, restore, save_synthetic, translate
 from genmed.tasks.run import RestoreOptions, restore_files, segment_files, translate_files
-from genmed.tasks.segment import segment
+from genmed.tasks.segment import Segmentation, segment
 from genmed.tasks.view import between_slices, slice_profile
 from genmed.volume import Volume
 
@@ -54,8 +55,9 @@ class Guess:
     def __init__(self, *images: np.ndarray) -> None:
         self.images, self.calls = list(images), []  # type: ignore[var-annotated]
         self.thin_mm: float | None = None
+        self.facts: dict[str, Any] = {}
 
-    def __call__(self, model: Model, scan: Volume, **asked: Any) -> SimpleNamespace:
+    def __call__(self, model: Model, scan: Volume, **asked: Any) -> Segmentation:
         self.calls.append(asked)
         data = self.images[min(len(self.calls), len(self.images)) - 1]
         image = Volume(data, Space.fit(scan.grid, PLAN.spacing_mm, roi_mm=asked["roi_mm"]).model.affine)
@@ -63,7 +65,10 @@ class Guess:
             asked["progress"](0.5)
         match = "affine" if asked["match"] == "auto" else asked["match"]
         thin_mm = asked["slice_thickness_mm"] if self.thin_mm is None else self.thin_mm
-        return SimpleNamespace(image=image, residual=float(len(self.calls)), match=match, slice_thickness_mm=thin_mm)
+        return Segmentation(
+            image, None, {}, float(len(self.calls)), "restore-then-condition", match, 0.1, asked["seed"], image,
+            slice_thickness_mm=thin_mm, observed=asked["observed"], **self.facts,
+        )  # fmt: skip
 
 
 def guess(monkeypatch: pytest.MonkeyPatch, *images: np.ndarray) -> Guess:
@@ -95,8 +100,8 @@ def test_one_sample_is_the_image_that_segment_restores(model: Model) -> None:
     assert (result.match, result.seed) == ("none", 5)
 
 
-@pytest.mark.parametrize(("match", "measured"), [("auto", 1), ("affine", 0), ("falling", 3)])
-def test_surprise_is_computed_only_where_it_decides(
+@pytest.mark.parametrize(("match", "measured"), [("auto", 1), ("affine", 1), ("falling", 3)])
+def test_surprise_is_measured_once_unless_every_sample_needs_it(
     model: Model, monkeypatch: pytest.MonkeyPatch, match: str, measured: int
 ) -> None:
     calls: list[Tensor] = []
@@ -108,6 +113,7 @@ def test_surprise_is_computed_only_where_it_decides(
     assert len(calls) == measured and known.plan.typical == (1.0,) * 26
     if match == "falling":  # needs the histogram of clean cases each time
         return
+    assert found.surprise == 0
     plain = restore(model, picture(), match="none" if match == "auto" else match, samples=3)
     assert found.match == plain.match and found.image.data.tobytes() == plain.image.data.tobytes()
 
@@ -190,6 +196,24 @@ def test_mean_deviation_and_residual_are_those_of_the_samples(monkeypatch: pytes
     assert found.residual == 2.5  # of 1, 2, 3 and 4
 
 
+@pytest.mark.parametrize("make", [restore, translate])
+def test_doubts_are_those_of_the_segmentation_with_the_mean_residual(
+    monkeypatch: pytest.MonkeyPatch, make: Any
+) -> None:
+    fake = guess(monkeypatch, picture((12, 12, 12)).data)
+    fake.facts = {"surprise": 4.5, "observed_share": 0.002, "notes": ("seen in part",)}
+    found = make(MODEL, picture((12, 12, 12)), samples=4)
+    assert found.doubts == Segmentation(
+        found.image, None, {}, 2.5, "joint", "affine", 0.0, 0, None, 4.5, observed_share=0.002
+    ).doubts
+    assert found.doubtful and len(found.doubts) == 2
+    assert (found.surprise, found.observed_share, found.notes) == (4.5, 0.002, ("seen in part",))
+    fake.facts, fake.calls = {"surprise": 3.5}, []
+    assert not make(MODEL, picture((12, 12, 12)), samples=9).doubtful  # mean residual 5
+    fake.calls = []
+    assert "residual 5.5" in make(MODEL, picture((12, 12, 12)), samples=10).doubts[0]
+
+
 def test_every_argument_reaches_segment_and_samples_differ_in_their_seeds_only(monkeypatch: pytest.MonkeyPatch) -> None:
     image, done = picture((12, 12, 12)), []
     fake = guess(monkeypatch, image.data)
@@ -253,6 +277,7 @@ class FakeRestore:
         self.calls: list[Call] = []
         self.error: BaseException | None = None
         self.refuse = ""
+        self.facts: dict[str, Any] = {}
 
     def __call__(self, model: Model, scan: Volume, *, name: str, **asked: Any) -> Restoration:
         asked["name"] = name
@@ -262,7 +287,7 @@ class FakeRestore:
         seen = scan.data if asked["observed"] is None else np.where(asked["observed"].data != 0, scan.data, 0)
         image = Volume(2 * seen.astype(np.float32), scan.affine)
         spread = None if asked["samples"] == 1 else image.like(np.ones_like(image.data))
-        return Restoration(image, 1.5, "affine", 0.125, asked["seed"], spread)
+        return Restoration(image, 1.5, "affine", 0.125, asked["seed"], spread, **self.facts)
 
 
 @pytest.fixture
@@ -452,7 +477,10 @@ def test_command_line_reaches_the_task_and_prints_json(fake: FakeRestore, tmp_pa
     assert (asked["match"], asked["samples"], asked["seed"], asked["slice_thickness_mm"]) == ("poly", 3, 7, 3.0)
     assert asked["roi_mm"] == ((-3, 0), (0, 8), (0, 2.5)) and asked["observed"].data.all()
     out = tmp_path / "out" / "head.synthetic.nii.gz"
-    facts = {"out": str(out), "skipped": False, "match": "affine", "residual": 1.5, "seconds": 0.12}
+    facts = {
+        "out": str(out), "skipped": False, "match": "affine", "residual": 1.5, "surprise": None, "observed_share": 1.0,
+        "doubtful": False, "doubts": [], "slice_thickness_mm": None, "seconds": 0.12, "notes": [],
+    }  # fmt: skip
     assert json.loads(result.stdout) == {"cases": {"head": facts}, "failed": {}}
     assert names(tmp_path / "out") == {"head.synthetic.nii.gz", "head.uncertainty.nii.gz", "manifest.json"}
 
@@ -465,6 +493,35 @@ def test_command_line_lists_cases_and_failures(fake: FakeRestore, three: Path) -
     first, second = result.stdout.splitlines()
     assert first.startswith("case_0: match affine, residual 1.50, 0.1 s -> ") and second.startswith("case_2")
     assert "finished before" in CliRunner().invoke(app, arguments).stdout
+
+
+@pytest.mark.parametrize("command", ["restore", "translate"])
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_why_a_result_is_doubtful_is_told_on_stderr_and_in_the_manifest(
+    fake: FakeRestore, tmp_path: Path, command: str, more: list[str]
+) -> None:
+    fake.facts = {"surprise": 6.0, "doubts": ("unlike",), "notes": ("3 of 9 slices",), "slice_thickness_mm": 2.0}
+    source, out = write(tmp_path / "head.nii.gz", scan()), tmp_path / "out"
+    result = CliRunner().invoke(app, [command, str(source), "--model", "tiny", "--out", str(out), *more])
+    assert result.exit_code == 0
+    assert result.stderr == "genmed: 3 of 9 slices\ngenmed: head is doubtful: unlike\n"
+    facts = table(out, "manifest.json")["cases"]["head"]
+    told = json.loads(result.stdout)["cases"]["head"] if more else facts
+    for one in (facts, told):
+        assert (one["doubtful"], one["doubts"], one["surprise"], one["notes"], one["slice_thickness_mm"]) == (
+            True, ["unlike"], 6.0, ["3 of 9 slices"], 2.0,
+        )  # fmt: skip
+    assert more or result.stdout.startswith("head: match affine, residual 1.50, 0.1 s; DOUBTFUL, look at it -> ")
+
+
+def test_restoration_of_an_untrained_model_is_doubtful_and_hides_empty_slices(model: Model) -> None:
+    known, whole = replace(model, plan=replace(PLAN, typical=(0.01,) * 26)), picture((12, 12, 12))
+    empty = whole.like(np.where(np.arange(12) % 4 == 1, whole.data, np.float32(0)))
+    found = restore(known, empty, match="affine", samples=2)
+    assert found.surprise is not None and found.doubtful and found.observed_share < 1 and "9 of 12" in found.notes[0]
+    mask = whole.like(np.where(np.arange(12) % 4 == 1, np.ones_like(whole.data), 0).astype(np.uint8))
+    told = restore(known, empty, match="affine", samples=2, observed=mask)
+    assert told.image.data.tobytes() == found.image.data.tobytes() and not told.notes
 
 
 def test_untrained_model_restores_a_coarse_file_end_to_end(tmp_path: Path, model: Model) -> None:
@@ -501,3 +558,73 @@ def test_fidelity_is_that_of_the_channels_on_their_own_ranges() -> None:
     assert fidelity(off, truth).psnr == pytest.approx(20, abs=0.05)
     assert fidelity(truth, truth).ssim == pytest.approx(1)
     assert fidelity(inverted(Volume(truth, np.eye(4))).scan.data, truth).ssim < 0.2
+
+
+def halves() -> np.ndarray:
+    """A bright and a dark half, (1, 16, 16, 16)."""
+    return np.where(np.indices((16, 16, 16))[:1] < 8, 0.0, 100.0).astype(np.float32)
+
+
+def test_total_variation_takes_noise_from_flat_regions_at_the_strength_that_the_truth_likes_best(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    truth = halves()
+    noisy = gaussian_noise(Volume(truth, np.eye(4)), 0.5)
+    quiet = total_variation(noisy, PLAN, truth)
+    assert fidelity(quiet, truth).psnr > fidelity(noisy.scan.data, truth).psnr + 6
+    each = []
+    for strength in bench.STRENGTHS:
+        monkeypatch.setattr(bench, "STRENGTHS", (strength,))
+        each.append(fidelity(total_variation(noisy, PLAN, truth), truth).psnr)
+    assert fidelity(quiet, truth).psnr == max(each) > min(each)
+
+
+def test_histogram_matching_undoes_rising_maps_and_no_others() -> None:
+    scan = Volume(picture((16, 16, 16)).data, np.eye(4))
+    rising, falling = gamma(scan, 2), inverted(scan)
+    assert fidelity(matched(rising, PLAN, scan.data), scan.data).psnr > 30
+    assert fidelity(matched(falling, PLAN, scan.data), scan.data).psnr < 20
+    np.testing.assert_allclose(on_scale(falling.scan.data, scan.data), scan.data, atol=1e-3)
+
+
+def test_bench_has_every_row_of_every_table_beside_its_peers(
+    model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def nearly(task: str) -> Any:
+        def found(model: Model, scan: Volume, **options: Any) -> Restoration:
+            asked.append(task)
+            truth = Volume(picture((24, 16, 16)).data, np.eye(4))
+            return Restoration(gaussian_noise(truth, 0.1).scan, 0.0, "none", 2.0, 0)
+
+        return found
+
+    monkeypatch.setattr(bench, "restore", nearly("restore"))
+    monkeypatch.setattr(bench, "translate", nearly("translate"))
+    image = picture((24, 16, 16)).data
+    ids = ["hippocampus_001", "hippocampus_003"]
+    folder = tiny.write_msd(tmp_path, "Hippocampus", PLAN.labels, {id: (image, np.zeros_like(image)) for id in ids})
+    (folder / "split.json").write_text(json.dumps({"dataset": "Hippocampus", "train": [], "tune": ids, "report": []}))
+    bench.run(model, folder, "tune", None, 1, split=folder / "split.json")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    rows = {line.split(" | ")[0][2:]: line.strip("| ").split(" | ") for line in lines}
+    assert list(rows) == [
+        "input", "4 mm voxels", "8 mm voxels", "8 slices", "4 slices", "Gaussian noise 0.5", "inverted", "tent"
+    ]  # fmt: skip
+    assert asked == 2 * 5 * ["restore"] + 2 * 2 * ["translate"]
+    assert [len(rows[name]) for name in ("4 slices", "Gaussian noise 0.5", "tent")] == [8, 8, 6]
+    ours = fidelity(gaussian_noise(Volume(image, np.eye(4)), 0.1).scan.data, image)
+    assert rows["8 slices"][-3:-1] == [f"{x:.{n}f} ({x:.{n}f} to {x:.{n}f})" for x, n in zip(ours, (2, 3), strict=True)]
+    titles = [line for line in lines if line.startswith("| input")]
+    for peer, title in zip(("cubic", "total variation", "histogram matching"), titles, strict=True):
+        assert f"| {peer} PSNR | {peer} SSIM | GenMed PSNR |" in title
+
+
+def test_bad_input_of_the_bench_is_one_line_and_exit_code_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["restore", "--data", str(tmp_path / "none")])
+    with pytest.raises(SystemExit) as stop:
+        bench.main()
+    assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1

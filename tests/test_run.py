@@ -60,6 +60,7 @@ class FakeSegment:
             seconds=0.125,
             seed=asked["seed"],
             image=None,
+            observed=asked["observed"],
         )
 
 

@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,7 +11,9 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from genmed.cli import app
 from genmed.denoiser import Denoiser, build
 from genmed.errors import GenMedError
 from genmed.hub import Card, Model, save_model
@@ -26,7 +29,7 @@ from genmed.tasks.segment import (
     observed_share,
     segment,
 )
-from genmed.tasks.view import SIGMA_Y, View, _fill_hidden, noise_level, slice_profile
+from genmed.tasks.view import SIGMA_Y, View, _fill_hidden, noise_level, seen_slices, slice_profile
 from genmed.volume import Volume
 
 PLAN = replace(tiny.PLAN, label_values=(0, 1, 5))
@@ -151,6 +154,66 @@ def _content(path: Path) -> bytes:
     return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("fill", [0.0, -1024.0])
+def test_empty_slices_between_others_are_unseen(axis: int, fill: float) -> None:
+    mask = np.zeros((12, 12, 12), np.uint8)
+    mask.swapaxes(0, axis)[[2, 5, 9]] = 1
+    whole = scan((12, 12, 12))
+    observed, notes = seen_slices(whole.like(np.where(mask, whole.data, np.float32(fill))))
+    assert observed is not None and np.array_equal(observed.data[0], mask)
+    assert len(notes) == 1 and f"9 of 12 slices along array axis {axis}" in notes[0]
+
+
+def several_channels(*channels: np.ndarray) -> Volume:
+    return Volume(np.stack(channels).astype(np.float32), np.eye(4))
+
+
+def test_slices_are_hidden_only_where_nothing_else_explains_them() -> None:
+    noise, places = scan((12, 12, 12)).data[0], np.arange(12)
+    two_empty = np.where(np.isin(places, (4, 7)), 0, noise)
+    outer_empty = np.where((places > 2) & (places < 7), noise, 0)
+    almost = np.where(places % 4 == 1, noise, 0)
+    almost[0, 0, places % 4 != 1] = 1e-3
+    cut_out = np.zeros((12, 12, 12))
+    cut_out[3:8, 3:8, 1:4] = cut_out[3:8, 3:8, 8:11] = noise[:5, :5, :3]  # two organs on a background of zeros
+    striped = np.where(places % 4 == 1, noise, 0) * (places % 4 == 1)[:, None]
+    for data in (noise, two_empty, outer_empty, almost, cut_out, striped, 0 * noise):
+        assert seen_slices(several_channels(data)) == (None, ())
+    empty = np.where(places % 4 == 1, noise, 0)
+    assert seen_slices(several_channels(empty, noise)) == (None, ())
+    observed, _ = seen_slices(several_channels(empty, 2 * empty + 7))
+    assert observed is not None and observed.data.shape == (1, 12, 12, 12)
+    assert np.array_equal(observed.data[0, 0, 0], places % 4 == 1)
+
+
+@pytest.mark.parametrize("fill", [0.0, 500.0])
+def test_a_stack_of_four_slices_needs_no_mask_on_the_command_line(tmp_path: Path, fill: float) -> None:
+    save_model(tmp_path / "model", PLAN, random_denoiser().state_dict(), Card("tiny", "none", "none"))
+    image = scan((12, 12, 12))
+    mask = slices_seen(image)
+    assert int(mask.data[0, 0, 0].sum()) == 4
+    image.like(np.where(mask.data > 0, image.data, np.float32(fill))).save(tmp_path / "stack.nii.gz")
+    mask.save(tmp_path / "mask.nii.gz")
+    written, told = [], []
+    for out, options in (("told", ["--observed", str(tmp_path / "mask.nii.gz")]), ("found", [])):
+        arguments = ["segment", str(tmp_path / "stack.nii.gz"), "--model", str(tmp_path / "model"), "--json"]
+        more = ["--samples", "1", "--probabilities", "--preview", "--out", str(tmp_path / out), *options]
+        result = CliRunner().invoke(app, arguments + more)
+        assert result.exit_code == 0, result.output
+        files = sorted(p for p in (tmp_path / out).iterdir() if p.name != "manifest.json")
+        written.append({p.name: _content(p) for p in files})
+        told.append((json.loads(result.stdout)["cases"]["stack"], result.stderr))
+    assert len(written[0]) == 4 and written[0] == written[1]
+    (by_mask, _), (alone, stderr) = told
+    assert alone["mode"] == by_mask["mode"] == "restore-then-condition"
+    assert alone["observed_share"] == by_mask["observed_share"] < 1
+    note = f"{tmp_path / 'stack.nii.gz'}: 8 of 12 slices along array axis 2 hold a single value"
+    assert by_mask["notes"] == [] and alone["notes"][0].startswith(note) and f"genmed: {note}" in stderr
+    manifest = json.loads((tmp_path / "found" / "manifest.json").read_text())
+    assert manifest["cases"]["stack"]["notes"] == alone["notes"]
+
+
 def test_automatic_mode_restores_coarse_and_incomplete_scans_only(model: Model) -> None:
     image = scan()
     assert segment(model, image).mode == "conditional"
@@ -195,6 +258,35 @@ def test_a_region_of_interest_leaves_the_rest_background(model: Model) -> None:
 def test_a_scan_larger_than_the_training_crops_is_refused_with_advice(model: Model) -> None:
     with pytest.raises(GenMedError, match="--roi"):
         segment(model, scan((80, 20, 20), np.eye(4)))
+
+
+@pytest.mark.parametrize(
+    ("voxel_mm", "problem"),
+    [
+        (0.1, r"covers 4 × 4 × 4 mm.* at most 40 × 40 × 40 mm.*repair the header if its voxels of 0.1 × 0.1 × 0.1 mm"),
+        (10, r"covers 400 × 400 × 400 mm.*repair the header if its voxels of 10 × 10 × 10 mm are wrong"),
+        (1, None),
+    ],
+)
+def test_a_spacing_that_is_ten_times_wrong_is_refused(voxel_mm: float, problem: str | None) -> None:
+    image = scan((40, 40, 40), np.diag([voxel_mm] * 3 + [1]))
+    if problem is None:
+        assert View.of(PLAN, image).extent_share == 1
+    else:
+        with pytest.raises(GenMedError, match=problem):
+            View.of(PLAN, image)
+
+
+@pytest.mark.parametrize("mode", ["conditional", "restore-then-condition"])
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_spacing_that_is_ten_times_too_small_along_one_axis_makes_the_result_doubtful(
+    model: Model, mode: str, axis: int
+) -> None:
+    spacing = np.ones(4)
+    spacing[axis] = 0.1
+    found = segment(model, scan((16, 16, 16), np.diag(spacing)), mode=mode, match="none", samples=1)
+    assert found.doubtful and "along an axis it covers 4.0%" in found.doubts[-1]
+    assert not any("along an axis" in line for line in segment(model, scan(), mode="conditional").doubts)
 
 
 @pytest.mark.parametrize(
@@ -252,7 +344,12 @@ def found_with(**facts: Any) -> Segmentation:
         ({"residual": float("nan")}, ["residual nan"]),
         ({"residual": 15.0, "match": "lncc"}, []),
         ({"observed_share": 0.009}, ["0.9% of what was found was observed"]),
-        ({"surprise": 9.0, "residual": 9.0, "observed_share": 0.0}, ["surprise", "residual", "0.0%"]),
+        ({"extent_share": 0.19}, ["covers 19.0% of the field of view"]),
+        ({"extent_share": 0.2}, []),
+        (
+            {"surprise": 9.0, "residual": 9.0, "observed_share": 0.0, "extent_share": 0.1},
+            ["surprise", "residual", "0.0%", "10.0%"],
+        ),
     ],
 )
 def test_every_reason_for_doubt_is_told(facts: dict[str, Any], why: list[str]) -> None:
@@ -333,12 +430,61 @@ def test_slice_thickness_is_that_of_the_longest_side_alone() -> None:
     view = View.of(PLAN, coarse, slice_thickness_mm=1.0)
     assert [int((m[1] > 0).sum()) for m in view.matrices] == [2, 2, 2]  # the middle 1 mm of 6 touches two voxels
     assert np.allclose(view.matrices[2][1].sum(), 1)
-    assert view.has_thick_slices is False  # all three axes are coarse
+
+
+@pytest.mark.parametrize(
+    ("spacing_mm", "axis"),
+    [
+        ((1, 1, 1), None), ((1, 1, 5), 2), ((2, 6, 2), 1), ((2, 2, 2), None), ((5, 5.5, 6), None), ((2, 1, 1), 0),
+        ((5, 5, 1), None),
+    ],
+)  # fmt: skip
+def test_both_profiles_are_tried_along_the_clearly_coarsest_axis(
+    spacing_mm: tuple[float, float, float], axis: int | None
+) -> None:
+    view = View.of(PLAN, scan((10, 9, 10), np.diag([*spacing_mm, 1])))
+    assert view.slice_axis == axis
+    if axis is not None:
+        thin = view.with_thin_slices()
+        assert thin.slice_thickness_mm == pytest.approx(1) and int((thin.matrices[axis][1] > 0).sum()) <= 2
+        others = [k for k in range(3) if k != axis]
+        assert all(torch.equal(thin.matrices[k], view.matrices[k]) for k in others)
+
+
+def test_the_slice_thickness_of_a_header_is_that_of_the_third_axis_alone() -> None:
+    def told(spacing_mm: tuple[float, float, float], by_hand_mm: float | None = None) -> float | None:
+        image = replace(scan((6, 6, 6), np.diag([*spacing_mm, 1])), slice_thickness_mm=3.0)
+        return View.of(PLAN, image, slice_thickness_mm=by_hand_mm).slice_thickness_mm
+
+    assert told((2, 2, 6)) == told((1, 1, 6)) == 3
+    assert told((1, 1, 6), 2.0) == 2
+    assert told((6, 1, 1)) is None and told((6, 6, 6)) is None and told((2, 2, 2)) is None
+    image = scan((6, 6, 6), np.diag([1, 1, 6, 1]))
+    by_header = View.of(PLAN, replace(image, slice_thickness_mm=3.0))
+    by_hand = View.of(PLAN, image, slice_thickness_mm=3.0)
+    assert all(torch.equal(a, b) for a, b in zip(by_header.matrices, by_hand.matrices, strict=True))
+
+
+def test_nothing_is_probed_where_the_header_tells_the_thickness(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    from genmed.tasks import segment as module
+
+    probed: list[float | None] = []
+
+    def probe(model: Model, view: View, *_: object) -> float:
+        probed.append(view.slice_thickness_mm)
+        return 1.0 if view.slice_thickness_mm else 2.0
+
+    monkeypatch.setattr(module, "probe", probe)
+    image = scan((6, 6, 3), np.diag([2, 2, 6, 1]))
+    found = segment(model, image, match="none", samples=1)
+    assert probed == [None, found.slice_thickness_mm] and found.slice_thickness_mm == pytest.approx(1)
+    told = segment(model, replace(image, slice_thickness_mm=4.5), match="none", samples=1)
+    assert len(probed) == 2 and told.slice_thickness_mm == 4.5
 
 
 def test_thin_slices_have_gaps_between_them() -> None:
     view = View.of(PLAN, scan((10, 12, 3), np.diag([1, 1, 5, 1])))
-    assert view.has_thick_slices and view.slice_thickness_mm is None
+    assert view.slice_axis == 2 and view.slice_thickness_mm is None
     thin = view.with_thin_slices()
     assert thin.slice_thickness_mm == pytest.approx(1.0)
     assert thin.matrices[2].argmax(dim=1).tolist() == [2, 7, 12]
@@ -521,6 +667,19 @@ def test_noise_is_estimated_through_smooth_structure(hidden: str) -> None:
     estimate = noise_level(torch.where(seen, noisy, torch.full_like(noisy, 1e6)), seen, (0, 1, 2))
     assert estimate == pytest.approx(0.4, rel=0.1)
     assert noise_level(smooth[None, None], seen, (0, 1, 2)) < 0.1
+
+
+def test_noise_of_thick_slices_is_that_of_their_own_voxels() -> None:
+    x, y, z = np.meshgrid(*[np.linspace(-2, 2, n) for n in (30, 32, 40)], indexing="ij")
+    smooth = np.sin(2 * x) + y * z + (x + y > 0.5)
+    slices = smooth.reshape(30, 32, 8, 5).mean(axis=3)
+    noisy = slices + np.random.default_rng(0).normal(0, 0.5, slices.shape)
+    for data, sd in ((slices, 0.0), (noisy, 0.5)):
+        view = View.of(PLAN, Volume(data[None].astype(np.float32), np.diag([1, 1, 5, 1])))
+        estimate = noise_level(view.y, view.seen, (0, 1)) * view.intensity.scale[0]
+        assert estimate == pytest.approx(sd, rel=0.1, abs=0.1)
+        expected = pytest.approx(sd / view.intensity.scale[0], rel=0.1) if sd else SIGMA_Y
+        assert view.observation.sigma_y == expected
 
 
 def test_little_noise_is_taken_for_texture_and_coarse_voxels_tell_nothing() -> None:

@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,10 +20,11 @@ import numpy as np
 import pytest
 from real import real_set
 from test_mesh import ball, together
-from test_shape import ellipsoid_mask
+from test_shape import dice, ellipsoid_mask
 from typer.testing import CliRunner
 
 from genmed.cli import app
+from genmed.cue import cue_of_labels
 from genmed.data.shapes import build as building
 from genmed.data.shapes import read_shapes
 from genmed.data.shapes.build import build_shapes
@@ -33,6 +35,9 @@ from genmed.data.split import PARTS
 from genmed.errors import GenMedError
 from genmed.mesh import Mesh, save_mesh
 from genmed.shape import shape_of
+from genmed.shape_model import load_shapes
+from genmed.tasks.complete import complete
+from genmed.train_shapes import train_shapes
 
 
 def stretched(x: float, y: float, z: float, radius_mm: float = 30.0) -> Mesh:
@@ -139,6 +144,31 @@ def test_the_same_input_gives_the_same_bytes(built: Path, tmp_path: Path) -> Non
         assert (built / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
 
 
+def test_a_glb_becomes_the_shape_that_a_ply_does(tmp_path: Path) -> None:
+    paths = [save_mesh(stretched(1, 1, 0.7), tmp_path / kind / f"a.{kind}") for kind in ("ply", "glb")]
+    ply, glb = (build(find_items(path.parent).items[0], 32).shape for path in paths)
+    assert ply is not None and glb is not None
+    np.testing.assert_array_equal(glb.sdf, ply.sdf)
+    np.testing.assert_allclose(glb.origin_mm, ply.origin_mm, atol=1e-4)
+
+
+def test_shapes_of_128_voxels_are_built_trained_on_and_completed(tmp_path: Path) -> None:
+    source, out = livers(tmp_path / "set", 3), tmp_path / "out"
+    result = CliRunner().invoke(app, ["data", "build-shapes", str(source), "--out", str(out), "--size", "128"])
+    assert result.exit_code == 0, result.output
+    shapes = read_shapes(out)
+    assert shapes.size == 128 and shapes.part("train") == (0, 1, 2)
+    assert shapes.to_mesh(0).volume_ml == pytest.approx(stretched(1, 1, 0.7).volume_ml, rel=5e-3)
+    tiny = {"modes": 2, "width": 16, "blocks": 1, "refiner": 4, "batch": 2}
+    model = load_shapes(train_shapes(out, tmp_path / "model", steps=3, **tiny))
+    truth, grid = shapes.sdf(1) < 0, shapes.shape(1).grid
+    seen = (np.indices(truth.shape) == 64).any(axis=0)
+    cue = cue_of_labels(truth, grid.affine, seen)
+    found = complete(model, cue, samples=1)
+    assert found.shapes[0].sdf.shape == (128, 128, 128)
+    assert dice(found.probability(grid) > 0.5, truth) > 0.95
+
+
 def test_nothing_of_this_machine_is_written(built: Path) -> None:
     here = str(built.parent)
     texts = [path.read_text() for path in (built / "build.json", built / "card.md", built / "reasons.csv")]
@@ -218,19 +248,60 @@ def _wait_for_records(out: Path, run: subprocess.Popen[str] | subprocess.Popen[b
     return done
 
 
+def tasks_of(folder: Path, count: int) -> list[building.Task]:
+    items = find_items(livers(folder / "set", count)).items
+    return [building.Task(item, record_path(folder / "work", item, 32, "mm"), 32, "mm") for item in items]
+
+
+@pytest.fixture
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Worker processes find this file."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
+
+
+@pytest.mark.usefixtures("importable")
 def test_an_item_that_ends_its_process_is_left_out(tmp_path: Path) -> None:
     """A worker that dies takes neither the build nor its neighbours with it."""
-    source = livers(tmp_path / "set", 4)
-    items = find_items(source).items
-    tasks = [building.Task(item, record_path(tmp_path / "work", item, 32, "mm"), 32, "mm") for item in items]
+    tasks = tasks_of(tmp_path, 4)
     deadly = replace(tasks[1], size=-1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
-        mortal = [Mortal(**task.__dict__) for task in [tasks[0], deadly, *tasks[2:]]]
-        done = sum(building._with_processes(mortal, 1))
-    assert done == 4
+    mortal = [Mortal(**task.__dict__) for task in [tasks[0], deadly, *tasks[2:]]]
+    assert sum(building._with_processes(mortal, 1)) == 4
     told = [read_record(task.record).reason for task in tasks]
     assert told.pop(1) == building.CRASHED and told == [""] * 3
+
+
+@pytest.mark.usefixtures("importable")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_item_that_never_ends_is_left_out(tmp_path: Path, workers: int) -> None:
+    tasks = tasks_of(tmp_path, 4)
+    tasks[1] = Endless(**{**tasks[1].__dict__, "deadline_s": 0.5})
+    assert sum(building._with_processes(tasks, workers)) == 4
+    told = [read_record(task.record).reason for task in tasks]
+    assert told == ["", "took longer than 0.5 s", "", ""]
+    assert not list((tmp_path / "work").rglob("*.started"))
+
+
+class Endless(building.Task):
+    """Never comes back from compiled code, in which no other thread of Python can run."""
+
+    def run(self) -> None:
+        building.build = lambda *given: re.match("(a+)+b", 50 * "a")
+        super().run()
+
+
+def test_what_took_too_long_stands_among_the_reasons(tmp_path: Path) -> None:
+    tasks = tasks_of(tmp_path, 3)
+    request = {"size": 32, "unit": "mm", "seed": 0, "unseen": [], "sources": ["set"]}
+    for task in tasks[:2]:
+        task.run()
+    tasks[2].mark.parent.mkdir(exist_ok=True)
+    tasks[2].mark.write_text("Timeout (0:05:00)!")
+    tasks[2].give_up()
+    finished = [(str(k), task.item, read_record(task.record)) for k, task in enumerate(tasks)]
+    assert write_set(tmp_path / "out", finished, [], [], 0, building._command(request)) == (2, 1)
+    assert [(row["path"], row["reason"]) for row in reasons(tmp_path / "out") if row["kept"] == "no"] == [
+        ("000002_liver.stl", f"took longer than {building.DEADLINE_S} s")
+    ]
 
 
 class Mortal(building.Task):
@@ -256,7 +327,7 @@ def test_ray_builds_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         np.testing.assert_array_equal(shapes.stored(i), made.sdf)
 
 
-def test_ray_tries_an_item_twice_whatever_ends_its_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_tries_an_item_twice_unless_it_took_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class OutOfMemoryError(Exception): ...
 
     runs: Counter[str] = Counter()
@@ -264,7 +335,10 @@ def test_ray_tries_an_item_twice_whatever_ends_its_worker(tmp_path: Path, monkey
     def get(batch: list[building.Task]) -> None:
         for task in batch:
             runs[task.item.subject] += 1
-            if task.item.subject == "000001" or runs["000002"] == 1:
+            if task.item.subject == "000003":
+                task.mark.parent.mkdir(parents=True, exist_ok=True)
+                task.mark.write_text("Timeout (0:05:00)!")
+            if task.item.subject in ("000001", "000003") or runs["000002"] == 1:
                 raise OutOfMemoryError
             task.run()
 
@@ -275,11 +349,11 @@ def test_ray_tries_an_item_twice_whatever_ends_its_worker(tmp_path: Path, monkey
                           is_initialized=lambda: True, cluster_resources=dict,
                           wait=lambda running: (running[:1], running[1:]))  # fmt: skip
     monkeypatch.setitem(sys.modules, "ray", ray)
-    items = find_items(livers(tmp_path / "set", 3)).items
-    tasks = [building.Task(item, record_path(tmp_path / "work", item, 32, "mm"), 32, "mm") for item in items]
-    assert sum(building._with_ray(tasks, 1)) == 3
-    assert [read_record(task.record).reason for task in tasks] == ["", building.CRASHED, ""]
-    assert runs == {"000000": 1, "000001": 2, "000002": 2}
+    tasks = tasks_of(tmp_path, 4)
+    assert sum(building._with_ray(tasks, 1)) == 4
+    late = f"took longer than {building.DEADLINE_S} s"
+    assert [read_record(task.record).reason for task in tasks] == ["", building.CRASHED, "", late]
+    assert runs == {"000000": 1, "000001": 2, "000002": 2, "000003": 1}
 
 
 # Label maps

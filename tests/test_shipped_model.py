@@ -85,3 +85,10 @@ def test_shipped_shapes_draw_and_complete_kidneys() -> None:
     cue = cue_of_labels(inside, truth.grid.affine, seen)
     found = complete(model, cue, text=embed(["left kidney"])[0], samples=4)
     assert dice(found.probability(truth.grid) > 0.5, inside) > 0.85
+
+
+def test_adrenal_glands_have_no_size_in_mm() -> None:
+    """Their training shapes had none."""
+    model = load_shapes("shapes")
+    found = {name: generate(model, 1, text=embed([name])[0])[0].scaled for name in ("adrenal gland", "left kidney")}
+    assert found == {"adrenal gland": False, "left kidney": True}

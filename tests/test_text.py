@@ -24,7 +24,8 @@ KNOWN = {
         ("A small RIGHT kidney.", Named("kidney", "right")),
         ("two kidneys", Named("kidney", "")),
         ("renal shape", Named("kidney", "")),
-        ("left femur", Named("femur", "")),  # there is none in training
+        ("right femur", Named("femur", "right")),
+        ("left kidney of 150 cm³", Named("kidney", "left")),
         ("the fourth ventricle", Named("fourth ventricle", "")),
         ("a ventricle", Named("ventricle", "")),
         ("left kidney without a tumour or a cyst, 150 ml", Named("kidney", "left")),
@@ -55,6 +56,17 @@ def test_a_text_names_one_known_structure(words: str, named: Named) -> None:
         ("liver and spleen beside the kidney", "also says 'liver'"),
         ("kidney and heart", "also says 'heart'"),
         ("right atrium to the left", "has another side than the left atrium"),
+        ("left femur", "says 'left', but this model knows no left femur"),
+        ("left and right femur", "no left femur"),
+        ("left brain stem", "says 'left', but this model knows no left brain stem"),
+        ("right fourth ventricle", "knows no right fourth ventricle"),
+        ("linke kidney", "has words of another language ('linke'), so that kidney may not be meant"),
+        ("left kidney mit Tumor", "another language ('mit')"),
+        ("brainstem à droite", "another language ('à')"),
+        ("Femur izquierdo", "another language ('izquierdo')"),
+        ("rein gauche", "names no structure"),
+        ("riñón izquierdo", "names no structure"),
+        ("kidney 左", "another language"),
         ("kidney stone", "says 'stone'"),
         ("tumour of the left kidney", "says 'tumour'"),
         ("not a kidney", "says 'not'"),
@@ -65,6 +77,11 @@ def test_a_text_names_one_known_structure(words: str, named: Named) -> None:
 def test_a_text_of_something_else_is_not_understood(words: str, why: str) -> None:
     found = understand(words, KNOWN)
     assert isinstance(found, str) and why in found
+
+
+def test_a_model_with_names_of_another_language_understands_them() -> None:
+    assert understand("rein gauche", {"rein": (), "rein gauche": ()}) == Named("rein gauche", "")
+    assert understand("left Riñón", {"riñón": ("left",)}) == Named("riñón", "left")
 
 
 def test_all_captions_of_a_structure_are_understood() -> None:

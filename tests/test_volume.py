@@ -414,6 +414,29 @@ def test_dicom_slices_are_sorted_by_position_not_by_name(tmp_path: Path) -> None
     assert np.allclose(volume.affine @ [5, 4, 8, 1], (1 - 5 * 0.6, 2 - 4 * 0.9, 3 + 8 * 2.5, 1.0))
 
 
+@pytest.mark.parametrize(("told", "expected"), [(1.5, 1.5), (2.5, 2.5), (2.51, 2.5), (4.0, None), (None, None)])
+def test_the_slice_thickness_of_a_dicom_header_is_kept_unless_slices_overlap(
+    tmp_path: Path, told: float | None, expected: float | None
+) -> None:
+    write_dicom_series(tmp_path, scan((6, 5, 4), dtype="int16"), SliceThickness=told)
+    volume = read(tmp_path)
+    assert volume.slice_thickness_mm == (None if expected is None else pytest.approx(expected))
+    assert volume.like(volume.data).slice_thickness_mm == volume.slice_thickness_mm
+
+
+def test_slices_that_tell_several_thicknesses_tell_none(tmp_path: Path) -> None:
+    write_dicom_series(tmp_path, scan((6, 5, 4), dtype="int16"))
+    tags = pydicom.dcmread(file := next(tmp_path.iterdir()))
+    tags.SliceThickness = 2.0
+    tags.save_as(file)
+    assert read(tmp_path).slice_thickness_mm is None
+
+
+def test_the_slice_thickness_of_an_enhanced_file_is_kept(tmp_path: Path) -> None:
+    write_enhanced_dicom(tmp_path / "a.dcm", scan((6, 5, 4), dtype="uint16"), [0, 3, 6, 9])
+    assert read(tmp_path / "a.dcm").slice_thickness_mm == 2.5
+
+
 def test_one_of_several_dicom_series_can_be_chosen(tmp_path: Path) -> None:
     first, second = scan((6, 5, 4), 1, "int16"), scan((6, 5, 3), 2, "int16")
     write_dicom_series(tmp_path / "1", first, description="T1 axial")

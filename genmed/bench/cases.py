@@ -2,7 +2,9 @@
 
 import argparse
 import csv
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
 
@@ -100,3 +102,13 @@ def hippocampus_options(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--part", choices=("tune", "report"), default="tune")
     parser.add_argument("--cases", type=int, help="so many evenly spread cases; default all")
     return parser
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Bad input ends a command with one line and exit code 2, as those of `genmed` do."""
+    try:
+        yield
+    except GenMedError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None

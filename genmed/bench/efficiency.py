@@ -3,10 +3,16 @@
     python -m genmed.bench.efficiency --model DIR --data DIR --part tune --cases 8 --out DIR
 
 Each row is one schedule of `genmed.tasks.segment.guided_pair`; the defaults there were chosen from this table.
+With --defaults the same inputs are segmented as users do it, without any flag but the mask of the slices that were
+observed, and what is told is how long that takes, and the peak memory:
+
+    python -m genmed.bench.efficiency --defaults --data DIR --cases 8
 """
 
 import csv
+import resource
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from genmed.bench.cases import HIPPOCAMPUS, cases_of_part, hippocampus_options
+from genmed.bench.cases import HIPPOCAMPUS, cases_of_part, hippocampus_options, one_line_errors
 from genmed.data.dataset import read_dataset
 from genmed.data.split import person
 from genmed.degrade import Degraded, coarser, inverted, keep_slices, tent
@@ -23,7 +29,7 @@ from genmed.hub import Model, load
 from genmed.metrics import bootstrap_interval, dice
 from genmed.samplers import schedule
 from genmed.space import on_grid
-from genmed.tasks.segment import MATCHES, attempts_at, evaluations, guided_pair
+from genmed.tasks.segment import MATCHES, attempts_at, evaluations, guided_pair, segment
 from genmed.tasks.view import View
 from genmed.volume import Volume, read, read_labels
 
@@ -59,6 +65,43 @@ class Row(NamedTuple):
     case: str
     dice: float
     seconds: float
+
+
+class Wait(NamedTuple):
+    """Seconds of `segment` for one case, on the clock and of all threads together, and how it explained the scan."""
+
+    input: str
+    seconds: float
+    cpu_seconds: float
+    how: str
+
+
+def wait(model: Model, data: Path, part: str, cases: int | None, split: Path = HIPPOCAMPUS) -> list[Wait]:
+    """All inputs by `segment` with its defaults, result on the scan's own grid; reading and writing left out."""
+    dataset, waits = read_dataset(data), []
+    for name, (degrade, _) in INPUTS.items():
+        for id in cases_of_part(dataset, split, part, cases):
+            worse = degrade(read(dataset.case(id).images))
+            started = time.process_time()
+            found = segment(model, worse.scan, **worse.options)
+            cpu_seconds = time.process_time() - started
+            waits.append(Wait(name, found.seconds, cpu_seconds, f"{found.mode}, match {found.match}"))
+            print(f"{name}: {id}, {found.seconds:.1f} s, CPU {cpu_seconds:.1f} s", flush=True)
+    return waits
+
+
+def wait_table(waits: Sequence[Wait]) -> str:
+    """Markdown: a line per input and one for all; below, threads and the peak memory of this process."""
+    lines = ["| input | cases | mean (s) | longest (s) | mean CPU (s) | chosen |", "|---|---|---|---|---|---|"]
+    for name in (*dict.fromkeys(one.input for one in waits), "all"):
+        mine = [one for one in waits if name in (one.input, "all")]
+        seconds = [one.seconds for one in mine]
+        chosen = "; ".join(f"{how}: {count}" for how, count in Counter(one.how for one in mine).most_common())
+        cpu = np.mean([one.cpu_seconds for one in mine])
+        lines.append(f"| {name} | {len(mine)} | {np.mean(seconds):.1f} | {max(seconds):.1f} | {cpu:.1f} | {chosen} |")
+    peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    lines += ["", f"Threads: {torch.get_num_threads()}. Peak memory: {peak_gb:.2f} GB, Python itself included."]
+    return "\n".join(lines) + "\n"
 
 
 def measure(model: Model, data: Path, part: str, cases: int | None) -> list[Row]:
@@ -142,22 +185,34 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
-    """Parse the command line, print the table, write table, CSV and plot."""
-    parser = hippocampus_options("Quality against network evaluations.")
-    parser.add_argument("--out", type=Path, required=True, help="folder for table, CSV and plot")
-    a = parser.parse_args()
-    a.out.mkdir(parents=True, exist_ok=True)
-    rows = measure(load(a.model), a.data, a.part, a.cases)
+def save(rows: Sequence[Row], out: Path) -> None:
+    """Print the table; write it with CSV and plot into a folder."""
     text = table(rows, {row.case: person("hippocampus", row.case) for row in rows})
-    write_bytes(a.out / "efficiency.md", text.encode())
-    with (a.out / "efficiency.csv").open("w", newline="") as file:
+    write_bytes(out / "efficiency.md", text.encode())
+    with (out / "efficiency.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["input", "levels", "travels", "samples", "evaluations", "case", "dice", "seconds"])
         for r in rows:
             writer.writerow([r.input, *r.schedule, r.evaluations, r.case, f"{r.dice:.4f}", f"{r.seconds:.2f}"])
-    plot(rows, a.out / "efficiency.png")
+    plot(rows, out / "efficiency.png")
     print(text)
+
+
+def main() -> None:
+    """Parse the command line."""
+    parser = hippocampus_options("Quality against network evaluations, or the time that a user waits.")
+    parser.add_argument("--out", type=Path, help="folder for table, CSV and plot of the schedules")
+    parser.add_argument("--defaults", action="store_true", help="time `segment` as it is, instead of schedules")
+    a = parser.parse_args()
+    if a.defaults == (a.out is not None):
+        parser.error("give --out for the schedules, or --defaults, which only prints")
+    with one_line_errors():
+        model = load(a.model)
+        if a.defaults:
+            print("\n" + wait_table(wait(model, a.data, a.part, a.cases)))
+        else:
+            a.out.mkdir(parents=True, exist_ok=True)
+            save(measure(model, a.data, a.part, a.cases), a.out)
 
 
 if __name__ == "__main__":

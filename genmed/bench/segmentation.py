@@ -230,7 +230,9 @@ def trained_networks(
 
 
 def run_folder(lab: Lab, set_name: str, method: Method, input: Input) -> Path:
-    """Where a training lies: RUNS/SET/RUN, for a few-shot draw with -casesN-drawK."""
+    """Where a training lies: RUNS/SET/RUN, for a few-shot draw with -casesN-drawK; or the set's bundled model."""
+    if method.run == OURS and SETS[set_name].model:
+        return hub.find(SETS[set_name].model)
     few = f"-cases{input.cases}-draw{input.draw}" if input.cases else ""
     return lab.runs / set_name / (method.run + few)
 
@@ -242,8 +244,13 @@ def is_finished(folder: Path, method: Method) -> bool:
 
 def is_trained(folder: Path, method: Method) -> bool:
     """There are weights to evaluate: ours from the first validation on, a peer's when its training is finished."""
-    best = folder / BEST / hub.SUMS if method.ours else folder / peers.BEST
+    best = best_of(folder) / hub.SUMS if method.ours else folder / peers.BEST
     return best.exists() and (method.ours or is_finished(folder, method))
+
+
+def best_of(folder: Path) -> Path:
+    """Folder of our best weights: that of a training beside its last ones, or a bundled model, which has one set."""
+    return folder if folder.parent == hub.BUNDLED else folder / BEST
 
 
 def train_run(lab: Lab, set_name: str, method: Method, input: Input) -> Path:
@@ -279,7 +286,7 @@ def start_of(lab: Lab, method: Method) -> Path:
 
 def load_ours(folder: Path, mode: str) -> Trained:
     """Our model: `segment` without any flag but the mode."""
-    model = hub.load(folder / BEST)
+    model = hub.load(best_of(folder))
     plan = model.plan
 
     def predict(worse: Degraded) -> Prediction:
@@ -290,7 +297,7 @@ def load_ours(folder: Path, mode: str) -> Trained:
 
     limits = {"limit": LIMIT, "convincing": CONVINCING}
     settings = {"mode": mode, "steps": STEPS, "travels": TRAVELS, "samples": SAMPLES, **limits}
-    best = hub.read_card(folder / BEST).scores.get("tune dice", float("nan"))
+    best = hub.read_card(best_of(folder)).scores.get("tune dice", float("nan"))
     return Trained(
         folder, model.sha256, settings, dict(zip(plan.label_values, plan.labels, strict=True)),
         peers.parameters(model.denoiser), best, predict,
@@ -511,8 +518,8 @@ def _caption(rows: Rows) -> str:
     missed = sum(not np.isfinite(s.hd95_mm) for row in rows.values() for s in row.scores.values())
     return (
         "Means over structures [95 % bootstrap interval, whole persons resampled], on the scans' own grids and within "
-        "their fields of view; best mean of a row in bold. Every method uses the weights that scored highest on the "
-        "tune part while it was trained. Peers see the best plain interpolation of the scan, the same that "
+        "their fields of view; best mean of a row in bold. Every training is compared by the weights that scored "
+        "highest on the tune part. Peers see the best plain interpolation of the scan, the same that "
         f"'{METHODS[PLAIN].title}' sees."
         + (f" HD95 of a structure that was missed ({missed} in all) counts {MISSED_MM:g} mm." if missed else "")
         + (f" {failed} scans were refused by a method and count as empty label maps." if failed else "")
@@ -600,12 +607,12 @@ def budget(networks: Networks) -> str:
     for folder, (method, trained) in trainings.items():
         curve, spent = read_curve(folder), spent_on(folder, method)
         cells = (
-            folder.name + ("" if is_finished(folder, method) else " (unfinished)"),
+            folder.name + _remark(folder, method),
             f"{spent.minutes:.1f}",
             "–" if np.isnan(spent.cpu_minutes) else f"{spent.cpu_minutes:.1f}",
             steps_of(curve),
             f"{trained.parameters / 1e6:.2f} M",
-            f"{trained.best:.3f}",
+            "–" if np.isnan(trained.best) else f"{trained.best:.3f}",
             plateau(curve),
         )
         lines.append(f"| {' | '.join(cells)} |")
@@ -616,12 +623,18 @@ def budget(networks: Networks) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _remark(folder: Path, method: Method) -> str:
+    if folder.parent == hub.BUNDLED:
+        return " (bundled, last weights)"
+    return "" if is_finished(folder, method) else " (unfinished)"
+
+
 def spent_on(folder: Path, method: Method) -> Spent:
     """From the checkpoint, or what the folder says of itself where that was deleted."""
     if (folder / CHECKPOINT).exists():
         return time_spent(folder)
     if method.ours:
-        minutes = hub.read_card(folder if is_finished(folder, method) else folder / BEST).minutes
+        minutes = hub.read_card(folder if is_finished(folder, method) else best_of(folder)).minutes
         return Spent(minutes or float("nan"), float("nan"), float("nan"))
     training = peers.read_training(folder)
     return Spent(*(float(training.get(name, "nan")) for name in Spent._fields))

@@ -38,7 +38,7 @@ from genmed.tasks.complete import honoured, shape_at
 from genmed.train import CHECKPOINT, fair_minutes, fit, time_spent
 from genmed.train_shapes import OTHER_SIDE, deformed, training_shapes
 
-SIDE = 16           # voxels along the cue's cube
+SIDE = 24           # voxels along the cue's cube
 REACH = 2.2         # side of that cube over the longest extent seen
 UNSEEN = -128       # stored value of voxels in which nothing was seen; the others hold distances in 1/64 voxels
 CUES = 12_000       # drawn for the training, every kind as often, a tenth of a second each; mirror images come on top

@@ -47,7 +47,7 @@ from genmed.pose import Posed
 from genmed.samplers import STEPS, euler, noise, schedule, seeded
 from genmed.shape import Shape
 from genmed.shape_model import ShapeModel, load_shapes
-from genmed.tasks.complete import POSED_BELOW, RELAX, complete, honoured, shape_at, starts
+from genmed.tasks.complete import POSED_BELOW, RELAX, believed, complete, honoured, shapes_at, starts
 from genmed.train import CHECKPOINT, fair_minutes, fit
 from genmed.train_shapes import SIDE, VERSIONS, lowered
 
@@ -175,9 +175,9 @@ class Voxels:
 
         z0 = retry(trajectory)
         last[0](z0)  # once more: the pose of the final estimate
-        poses = last[0].pose
-        volume = honoured(self.decode(z0), Posed(self.model, cue, poses))
-        return tuple(shape_at(v, p) for v, p in zip(volume[:, 0].numpy(), poses.numpy(), strict=True))
+        posed = Posed(self.model, cue, last[0].pose)
+        volume = believed(honoured(self.decode(z0), posed), posed)
+        return shapes_at(volume, posed.pose, [True] * SAMPLES)
 
     def decode(self, z0: Float[Tensor, "b 1 m m m"]) -> Float[Tensor, "b 1 n n n"]:
         """Distances in the whole cube."""

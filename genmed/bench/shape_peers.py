@@ -29,7 +29,7 @@ from genmed.nets.autoencoder import LinearAutoencoder, principal_components
 from genmed.pose import Posed, first_poses
 from genmed.shape import TRUNCATION, Shape
 from genmed.shape_model import ShapeModel, ShapePlan, build_shapes_model
-from genmed.tasks.complete import honoured, shape_at
+from genmed.tasks.complete import believed, honoured, shape_at
 from genmed.train_shapes import SIDE, lowered, training_shapes
 
 MODES = 200          # at most, of every statistical model
@@ -58,7 +58,7 @@ class PcaSettings:
 
     `prior` weighs the codes against the cue, `sided` fits left and right apart, `kept` starts are averaged, and
     `pooled` is how a structure that is not told is looked for: in one model of all shapes, or in every model. `likely`
-    lends it the bounds that ours believes in (`genmed.cue.likely`).
+    lends it the bounds that ours believes in (`genmed.cue.likely`), and what ours believes of doubtful maps.
     """
 
     modes: int = MODES
@@ -83,7 +83,10 @@ class Statistical:
         best = sorted((fitted(model, bounds, self.settings, seed) for model in self._candidates(bounds, told, seed)),
                       key=lambda fit: float(fit.evidence[0]))[0]  # fmt: skip
         volume = best.model.autoencoder.decode(best.codes, best.model.plan.size)
-        volume = honoured(volume, Posed(best.model, cue, best.poses))
+        posed = Posed(best.model, cue, best.poses)
+        volume = honoured(volume, posed)
+        if self.settings.likely:
+            volume = believed(volume, posed)
         return tuple(shape_at(v, p) for v, p in zip(volume[:, 0].numpy(), best.poses.numpy(), strict=True))
 
     def under(self, settings: PcaSettings) -> Statistical:

@@ -27,7 +27,7 @@ from genmed.shape import Shape
 from genmed.shape_model import ShapeModel
 from genmed.tasks.complete import START_SIGMA, STEPS, Completion, complete
 
-VERSION = 4  # raise it whenever cues, peers or scores change: nothing of an older one is used again
+VERSION = 5  # raise it whenever cues, peers or scores change: nothing of an older one is used again
 SAMPLES = 12  # of ours and of the conditioned peer, averaged
 TUNE_SHAPES = 12
 TUNE_KINDS = ("one plane", "three planes", "half missing", "redundant", "noisy points")
@@ -55,8 +55,8 @@ METHODS = {
     "genmed-text": Method("GenMed, category and side as text", told=True),
     "pca": Method("PCA + GP, category told", told=True),
     "pca-unknown": Method("PCA + GP, category not told"),
-    "pca-likely": Method("PCA + GP with our likely bounds, category told", told=True),
-    "pca-likely-unknown": Method("PCA + GP with our likely bounds, category not told"),
+    "pca-likely": Method("PCA + GP with our bounds and last step, category told", told=True),
+    "pca-likely-unknown": Method("PCA + GP with our bounds and last step, category not told"),
     "conditioned": Method("input-conditioned diffusion"),
     "conditioned-gp": Method("input-conditioned diffusion + GP"),
     "interpolation": Method("shape-based interpolation"),

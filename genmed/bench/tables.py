@@ -36,7 +36,8 @@ FEW_SHOT_SHARE = 0.1  # of a set's minutes: what every training on a few cases g
 class TrainingSet:
     """A prepared data set and how every method is trained on it. Spacing in mm, in the plane for thick slices.
 
-    Without a `split`, it is the data set's own, or one is drawn: `genmed.bench.cases.split_of`.
+    Without a `split`, it is the data set's own, or one is drawn: `genmed.bench.cases.split_of`. `model` is the bundled
+    model that stands for our own training.
     """
 
     folder: str
@@ -44,6 +45,7 @@ class TrainingSet:
     spacing_mm: float
     preset: str
     minutes: float
+    model: str = ""
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,9 @@ def header_only(scan: Degraded) -> Degraded:
 
 SETS = {
     "hippocampus": TrainingSet("Task04_Hippocampus", SPLITS / "hippocampus.json", 2.0, "small", 40),
-    "hippocampus-1mm": TrainingSet("Task04_Hippocampus", SPLITS / "hippocampus.json", 1.0, "base", 101),
+    "hippocampus-1mm": TrainingSet(
+        "Task04_Hippocampus", SPLITS / "hippocampus.json", 1.0, "base", 101, model="hippocampus-mr"
+    ),
     "acdc": TrainingSet("acdc", SPLITS / "acdc.json", 2.5, "small", 40),
     "left_atrium": TrainingSet("left_atrium", SPLITS / "left_atrium.json", 2.5, "small", 20),
     # Public sets that whoever has them lays out; the minutes are meant for a GPU, and nobody has tried them.
@@ -181,6 +185,7 @@ SETS = {
     "kits23": TrainingSet("kits23", None, 3.0, "base", 480),
 }
 FULL = ("totalsegmentator", "totalsegmentator_v1", "mmwhs_ct", "kits23")
+MANY_PEERS = ("hippocampus", "acdc", *FULL)  # the left atrium has one, DynUNet
 PREPARED = {  # folder -> the command that makes it; SRC is the download, DATA the folder of all sets
     "Task04_Hippocampus": "fetch hippocampus --out DATA",
     "acdc": "convert acdc SRC DATA/acdc",
@@ -204,21 +209,25 @@ METHODS = {
         sets=("hippocampus",),
     ),
     "dynunet": Method("DynUNet", "dynunet", network="dynunet"),
-    "dynunet-none": Method("DynUNet, no augmentation", "dynunet-none", network="dynunet", augmentation="none"),
-    "diffusion": Method("conditional diffusion", "diffusion", network="diffusion"),
+    "dynunet-none": Method(
+        "DynUNet, no augmentation", "dynunet-none", network="dynunet", augmentation="none", sets=MANY_PEERS
+    ),
+    "diffusion": Method("conditional diffusion", "diffusion", network="diffusion", sets=MANY_PEERS),
     "swinunetr": Method(
         "SwinUNETR", "swinunetr", network="swinunetr",
         sets=("hippocampus", *FULL),
     ),
     "genmed-randomised": Method(
-        "GenMed, automatic, contrast-randomised training", "genmed-randomised", augmentation="randomised", main=False
+        "GenMed, automatic, contrast-randomised training", "genmed-randomised", augmentation="randomised", main=False,
+        sets=MANY_PEERS,
     ),
     "dynunet-randomised": Method(
         "DynUNet, contrast-randomised training", "dynunet-randomised",
-        network="dynunet", augmentation="randomised", main=False,
+        network="dynunet", augmentation="randomised", main=False, sets=MANY_PEERS,
     ),
     "genmed-degraded": Method(
-        "GenMed, automatic, trained on degraded patches", "genmed-degraded", augmentation="degraded", main=False
+        "GenMed, automatic, trained on degraded patches", "genmed-degraded", augmentation="degraded", main=False,
+        sets=MANY_PEERS,
     ),
 }  # fmt: skip
 OURS, PLAIN = "genmed", "genmed-interpolated"  # whose differences the report tells
@@ -256,6 +265,7 @@ ACDC_DEGRADED = (  # 1.5 x 1.5 x 10 mm voxels, the slices along the last axis
     Input("Gaussian noise 0.5", (NOISE_50,)),
     Input("5 mm in the plane + noise 0.3", (change(coarser, mm=5), NOISE_30)),
 )
+LEFT_ATRIUM_DEGRADED = (CLEAN, Input("5 mm voxels", (change(coarser, mm=5),)))  # 1.25 mm voxels
 CT_DEGRADED = (  # by length, since scans reach from a heart to a whole body; hearts and kidneys are about 12 cm long
     CLEAN,
     Input("4 mm voxels", (change(coarser, mm=4),)),
@@ -276,9 +286,8 @@ OTHER_CONTRASTS = (
         for seed in range(5)
     ),
 )  # fmt: skip
-CONFIRMED = tuple(row for row in (*HIPPOCAMPUS_DEGRADED, *OTHER_CONTRASTS[1:]) if row.name in (
-    "clean", "8 mm voxels", "4 slices", "inverted"
-))  # fmt: skip
+HIPPOCAMPUS_INPUTS = {row.name: row for row in (*HIPPOCAMPUS_DEGRADED, *OTHER_CONTRASTS)}
+CONFIRMED = tuple(HIPPOCAMPUS_INPUTS[name] for name in ("clean", "8 mm voxels", "4 slices", "inverted"))
 LGE = Input("late enhancement scans (mscmr_lge)", folder="mscmr_lge")
 CHAMBERS = dict(zip(HEART_V1, ("MYO", "LA", "LV", "RA", "RV"), strict=True))  # TotalSegmentator v1 -> MM-WHS
 OTHER_CT = Input("another CT set (mmwhs_ct)", folder="mmwhs_ct", labels=CHAMBERS)
@@ -295,7 +304,12 @@ FEW_SHOT = tuple(
 TABLES = {
     "standard": Table(dict.fromkeys(("hippocampus", "acdc", "left_atrium", *FULL), (CLEAN,)), (OURS, PLAIN, *PEERS)),
     "degraded": Table(
-        {"hippocampus": HIPPOCAMPUS_DEGRADED, "acdc": ACDC_DEGRADED, **dict.fromkeys(FULL, CT_DEGRADED)},
+        {
+            "hippocampus": HIPPOCAMPUS_DEGRADED,
+            "acdc": ACDC_DEGRADED,
+            "left_atrium": LEFT_ATRIUM_DEGRADED,
+            **dict.fromkeys(FULL, CT_DEGRADED),
+        },
         (OURS, PLAIN, *PEERS, "genmed-degraded", "genmed-randomised", "dynunet-randomised"),
     ),
     "zeroshot": Table(

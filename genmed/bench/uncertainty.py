@@ -10,9 +10,8 @@ import csv
 import io
 import json
 import math
-import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -21,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from genmed.bench.cases import HIPPOCAMPUS, cases_of_part, hippocampus_options
+from genmed.bench.cases import HIPPOCAMPUS, cases_of_part, hippocampus_options, one_line_errors
+from genmed.bench.tables import CONFIRMED, NOISE_50, Input, change
 from genmed.calibration import (
     Reliability,
     attainable_coverage,
@@ -36,7 +36,7 @@ from genmed.calibration import (
 )
 from genmed.data.dataset import Case, read_dataset
 from genmed.data.split import person
-from genmed.degrade import Degraded, coarser, inverted, keep_slices
+from genmed.degrade import curve, inverted
 from genmed.errors import GenMedError
 from genmed.files import write_bytes, write_json
 from genmed.hub import Model, load
@@ -54,27 +54,25 @@ ALL = "most probable class"
 CASES, BINNED, RECIPE = "cases.csv", "reliability.csv", "recipe.json"
 CASE_COLUMNS = (
     "input", "case", "structure", "volume_ml_true", "volume_ml_mean", "volume_ml_low", "volume_ml_high",
-    "ece_near", "ece_everywhere", "surprise_plain", "surprise", "mode", "match", "seconds",
+    "ece_near", "ece_everywhere", "surprise_plain", "surprise", "residual", "doubtful", "mode", "match", "seconds",
 )  # fmt: skip
 BIN_COLUMNS = ("input", "case", "region", "structure", "bin", "confidence", "accuracy", "count")
 
 
-@dataclass(frozen=True)
-class Input:
-    """One way to make a scan worse, and the appearance match that the user asks for."""
-
-    degrade: Callable[[Volume], Degraded]
-    match: str = "auto"
-
-
+REFERENCE, TOLD = "clean", "inverted, told by --match affine"
 INPUTS = {
-    "clean": Input(Degraded),
-    "8 mm voxels": Input(lambda scan: coarser(scan, 8)),
-    "4 slices": Input(lambda scan: keep_slices(scan, 4, axis=1)),
-    "inverted contrast": Input(inverted),
-    "inverted contrast, affine": Input(inverted, "affine"),  # told what to expect
+    row.name: row
+    for row in (
+        *CONFIRMED,  # clean, 8 mm voxels, 4 slices, inverted
+        Input("Gaussian noise 0.5", (NOISE_50,)),
+        Input("random curve, another for each case", (change(curve, by_case=True),)),
+        Input(TOLD, (change(inverted),)),
+    )
 }
-REFERENCE = "clean"
+POOLED = tuple(name for name in INPUTS if name not in (REFERENCE, TOLD))
+WARNINGS = {  # what may warn, and the field of `Finding` that holds it
+    "plain surprise": "surprise_plain", "surprise": "surprise", "residual": "residual", "doubtful": "doubtful",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -83,6 +81,7 @@ class Finding:
 
     `true_ml` and `volume_ml` go by structure, `claims` by region and structure (or `ALL`). `surprise_plain` is that of
     the interpolated scan with the label of one evaluation, `surprise` that of the result; NaN if not measured.
+    `residual` and `doubtful` are those of the result.
     """
 
     input: str
@@ -92,6 +91,8 @@ class Finding:
     claims: dict[tuple[str, str], Reliability]
     surprise_plain: float
     surprise: float
+    residual: float
+    doubtful: bool
     mode: str
     match: str
     seconds: float
@@ -155,7 +156,7 @@ def examine(model: Model, case: Case, name: str, samples: int) -> Finding:
     """Make the case worse, segment it with `samples` samples and compare with the truth."""
     if case.label is None:
         raise GenMedError(f"case '{case.id}': has no label map to compare with; choose a labelled part.")
-    worse, match = INPUTS[name].degrade(read(case.images)), INPUTS[name].match
+    worse, match = INPUTS[name].degrade(read(case.images), case.id), "affine" if name == TOLD else "auto"
     started = time.monotonic()
     found = segment(model, worse.scan, samples=samples, grid="model", match=match, **worse.options)
     seconds = time.monotonic() - started
@@ -182,7 +183,8 @@ def judge(
     voxel_ml = float(np.prod(spacing_mm)) / 1000
     true_ml = {s: float(np.count_nonzero(true == k) * voxel_ml) for k, s in enumerate(plan.labels) if k}
     before, after = (math.nan if value is None else value for value in (plain, found.surprise))
-    return Finding(name, id, true_ml, found.volume_ml, claims, before, after, found.mode, found.match, seconds)
+    warnings = before, after, found.residual, found.doubtful
+    return Finding(name, id, true_ml, found.volume_ml, claims, *warnings, found.mode, found.match, seconds)
 
 
 # Kept from run to run -------------------------------------------------------------------------------------
@@ -199,7 +201,8 @@ def write_findings(out: Path, findings: Findings) -> None:
         for structure, true_ml in f.true_ml.items():
             errors = [ece(f.claims[region, structure]) for region in REGIONS]
             row = (f.input, f.case, structure, true_ml, *f.volume_ml[structure], *errors)
-            cases.append((*row, f.surprise_plain, f.surprise, f.mode, f.match, f.seconds))
+            warnings = f.surprise_plain, f.surprise, f.residual, int(f.doubtful)
+            cases.append((*row, *warnings, f.mode, f.match, f.seconds))
     _write_csv(out / BINNED, BIN_COLUMNS, bins)
     _write_csv(out / CASES, CASE_COLUMNS, cases)
 
@@ -209,8 +212,9 @@ def read_findings(out: Path) -> Findings:
     found: Findings = {}
     for row in _read_csv(out / CASES, CASE_COLUMNS):
         name, id, how = row["input"], row["case"], (row["mode"], row["match"])
-        surprises = (float(row["surprise_plain"]), float(row["surprise"]))
-        empty = Finding(name, id, {}, {}, {}, *surprises, *how, float(row["seconds"]))
+        plain, surprise, residual = (float(row[number]) for number in ("surprise_plain", "surprise", "residual"))
+        warnings = plain, surprise, residual, row["doubtful"] == "1"
+        empty = Finding(name, id, {}, {}, {}, *warnings, *how, float(row["seconds"]))
         finding = found.setdefault((name, id), empty)
         low_high = (float(row[f"volume_ml_{name}"]) for name in ("mean", "low", "high"))
         finding.volume_ml[row["structure"]] = Interval(*low_high)
@@ -256,8 +260,8 @@ def report(findings: Findings, people: Mapping[str, str], samples: int) -> str:
     structures = list(next(iter(findings.values())).true_ml)
     lines = [
         "| input | calibration error near boundaries | everywhere | coverage of 95 % intervals | width (ml) "
-        "| interval score (ml) | plain surprise | AUC against clean | surprise | s per case |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| interval score (ml) | s per case |",
+        "|---|---|---|---|---|---|---|",
         *(overall_row(name, findings, people) for name in _names(findings)),
         "",
         "| input | structure | calibration error near boundaries | everywhere | coverage of 95 % intervals "
@@ -269,26 +273,43 @@ def report(findings: Findings, people: Mapping[str, str], samples: int) -> str:
             for structure in structures
         ),
         "",
+        *warning_table(findings, people),
+        "",
         f"{len(people)} cases of {len(set(people.values()))} persons, {samples} samples each. Calibration error: ECE "
         f"with {BINS} bins, of the most probable class (first table) or of the structure's probability (second), over "
         f"voxels within {NEAR_MM:g} mm of a true or found boundary and over all; in brackets the 95 % bootstrap "
         "interval, whole persons resampled. Coverage: share of true volumes in the interval [Wilson 95 % interval, "
         f"every volume taken as independent]; {samples} perfect samples would reach at most "
-        f"{attainable_coverage(samples):.0%}. Width and interval score: means; less is better. Surprise: median, of "
-        "interpolation with one evaluation (plain) and of the result. AUC: chance that a scan's plain surprise exceeds "
-        "that of a clean one [bootstrap by person].",
+        f"{attainable_coverage(samples):.0%}. Width and interval score: means; less is better. Plain surprise: of "
+        "interpolation with one evaluation; surprise, residual and doubtful: of the result. Medians, and how many were "
+        "doubtful; AUC: chance that the value of a scan exceeds that of a clean one, ties counted half [bootstrap by "
+        "person].",
     ]
     return "\n".join(lines) + "\n"
 
 
 def overall_row(name: str, findings: Findings, people: Mapping[str, str]) -> str:
     """One input, all structures together."""
-    mine, clean = _of(findings, name), _of(findings, REFERENCE)
-    pairs = [(f.surprise_plain, f.surprise) for f in mine]
-    plain, result = (f"{np.median(values):.1f}" for values in zip(*pairs, strict=True))
-    seconds = f"{np.mean([f.seconds for f in mine]):.1f}"
-    auc = "–" if name == REFERENCE else _auc(mine, clean, people)
-    return f"| {name} | {_shared_cells(mine, people)} | {plain} | {auc} | {result} | {seconds} |"
+    mine = _of(findings, name)
+    return f"| {name} | {_shared_cells(mine, people)} | {np.mean([f.seconds for f in mine]):.1f} |"
+
+
+def warning_table(findings: Findings, people: Mapping[str, str]) -> list[str]:
+    """Every warning by input, and for all inputs of `POOLED` at once: its median, and how well it tells from clean."""
+    clean, rows = _of(findings, REFERENCE), {name: _of(findings, name) for name in _names(findings)}
+    if pooled := [finding for name in POOLED for finding in rows.get(name, [])]:
+        rows["all but clean and told"] = pooled
+    titles = " | ".join(f"{title} | AUC" for title in WARNINGS)
+    lines = [f"| input | {titles} |", "|---" * (1 + 2 * len(WARNINGS)) + "|"]
+    for name, mine in rows.items():
+        cells, who = [], [[people[f.case] for f in side] for side in (mine, clean)]
+        for attribute in WARNINGS.values():
+            worse, normal = ([float(getattr(f, attribute)) for f in side] for side in (mine, clean))
+            count = f"{sum(worse):.0f} of {len(worse)}"
+            cells.append(count if attribute == "doubtful" else f"{np.median(worse):.1f}")
+            cells.append("–" if name == REFERENCE else _auc(worse, normal, *who))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
 
 
 def _shared_cells(findings: Sequence[Finding], people: Mapping[str, str], structure: str | None = None) -> str:
@@ -309,11 +330,10 @@ def _error(claims: Sequence[Reliability], findings: Sequence[Finding], people: M
     return f"{ece(total):.3f} [{low:.3f}, {high:.3f}]"
 
 
-def _auc(mine: Sequence[Finding], clean: Sequence[Finding], people: Mapping[str, str]) -> str:
-    worse, normal = ([f.surprise_plain for f in side] for side in (mine, clean))
+def _auc(worse: Sequence[float], normal: Sequence[float], who: Sequence[str], who_normal: Sequence[str]) -> str:
     if np.isnan([*worse, *normal]).any():
         return "–"
-    low, high = roc_auc_interval(worse, normal, [people[f.case] for f in mine], [people[f.case] for f in clean])
+    low, high = roc_auc_interval(worse, normal, who, who_normal)
     return f"{roc_auc(worse, normal):.2f} [{low:.2f}, {high:.2f}]"
 
 
@@ -374,11 +394,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=SAMPLES, help="samples per case (%(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="folder of tables and picture; run again to go on")
     a = parser.parse_args()
-    try:
+    with one_line_errors():
         run(load(a.model), a.data, a.out, part=a.part, cases=a.cases, samples=a.samples)
-    except GenMedError as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

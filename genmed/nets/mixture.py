@@ -3,7 +3,7 @@
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 SMALLEST_WEIGHT = 1e-4
@@ -53,10 +53,21 @@ class Mixture(nn.Module):
         self, z: Float[Tensor, "b c"], sigma: Float[Tensor, "b c"], hidden: Float[Tensor, "b c"]
     ) -> Float[Tensor, " b"]:
         """ln p(z) of what is not hidden, noise included, up to a constant."""
+        return self._logs(z, sigma, hidden).logsumexp(dim=0)
+
+    def likeliest(
+        self, z: Float[Tensor, "b c"], sigma: Float[Tensor, "b c"], hidden: Float[Tensor, "b c"]
+    ) -> Int[Tensor, " b"]:
+        """The component that z is most probably of."""
+        return self._logs(z, sigma, hidden).argmax(dim=0)
+
+    def _logs(
+        self, z: Float[Tensor, "b c"], sigma: Float[Tensor, "b c"], hidden: Float[Tensor, "b c"]
+    ) -> Float[Tensor, "m b"]:
         wide = self.modes.shape[2]
         away = (z - self.mean[:, None]) * (1 - hidden)
         d, rest = away[..., :wide], away[..., wide:]
-        return self._log(d, d @ self.modes.transpose(1, 2), rest, sigma, hidden).logsumexp(dim=0)
+        return self._log(d, d @ self.modes.transpose(1, 2), rest, sigma, hidden)
 
     def _log(
         self,

@@ -19,13 +19,16 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
+from genmed.comparison import slice_corners
 from genmed.cue import cue_of_labels
 from genmed.errors import GenMedError
+from genmed.files import write_bytes
 from genmed.guide import Diverged
 from genmed.hub import Model
 from genmed.plan import Plan
 from genmed.shape_model import ShapeModel
 from genmed.space import Space, on_grid
+from genmed.tasks.compare import Surfaces, read_truth, shapes_page, surfaces_of
 from genmed.tasks.complete import Completion, complete
 from genmed.tasks.run import Made, Options, Outcome, Task, made_of, run_cases
 from genmed.tasks.segment import Progress, Segmentation, segment
@@ -53,11 +56,13 @@ class Chained:
     """What `chain` found.
 
     `segmentation` is that of `segment` with labels and probabilities after completion, and volumes of single labels
-    over completed shapes. `completed` holds facts by name of the structure. `notes` say which structures were left
-    as segmented, and why.
+    over completed shapes. `before` is what `segment` found on the working grid. `completed` holds facts by name of the
+    structure. `notes` say which structures were left as segmented, and why, and of which the completion model knows no
+    size.
     """
 
     segmentation: Segmentation
+    before: Segmentation
     completed: dict[str, dict[str, Any]]
     notes: tuple[str, ...]
 
@@ -95,9 +100,9 @@ def chain(
     found = segment(segmenter, scan, grid="model", observed=observed, seed=seed, progress=half, **options)
     done = complete_all(
         completer, segmenter.plan, scan, found, structures,
-        shapes=shapes, grid=grid, observed=observed, roi_mm=options.get("roi_mm"), seed=seed, progress=progress,
+        shapes=shapes, grid=grid, observed=found.observed, roi_mm=options.get("roi_mm"), seed=seed, progress=progress,
     )  # fmt: skip
-    return replace(done, notes=(*notes, *done.notes))
+    return replace(done, notes=(*found.notes, *notes, *done.notes))
 
 
 def complete_all(
@@ -137,6 +142,8 @@ def complete_all(
             notes.append(f"{structure.name}: not completed, its segmentation is kept ({error})")
             continue
         facts[structure.name] = facts_of(made, structure)
+        if not made.shapes[0].scaled:
+            notes.append(f"{structure.name}: the completion model knows no size in mm of this structure")
         for name in structure.labels:
             volumes.pop(name, None)
         if len(channels) == 1 and made.volume_ml is not None:
@@ -152,7 +159,7 @@ def complete_all(
         like, classes = Volume(np.zeros((1, *target.shape), np.uint8), target.affine), whole.argmax(axis=0)
     labels = like.like(values[classes][None], names)
     result = replace(found, labels=labels, probabilities=like.like(whole, {}), volume_ml=volumes)
-    return Chained(result, facts, tuple(notes))
+    return Chained(result, found, facts, tuple(notes))
 
 
 def completed(
@@ -231,6 +238,7 @@ def facts_of(found: Completion, structure: Structure) -> dict[str, Any]:
     """What the manifest says of a completion."""
     return {
         "text": structure.text,
+        "scale_known": found.shapes[0].scaled,
         "residual_mm": round(found.residual, 4),
         "volume_ml": None if found.volume_ml is None else found.volume_ml._asdict(),
         "seconds": round(found.seconds, 2),
@@ -272,10 +280,13 @@ def structures_of(
     structures, notes = [], []
     for part in wanted:
         words = text or texts.get(part) or " ".join(map(_in_words, part))
-        if isinstance(understand(words, known), str):
+        if text is None and isinstance(understand(words, known), str):
+            unsided = " ".join(word for word in words.split() if word not in ("left", "right"))
+            words = words if isinstance(understand(unsided, known), str) else unsided  # sides were not noted
+        if isinstance(why := understand(words, known), str):
             notes.append(
-                f"{'+'.join(part)}: the completion model knows no such structure ({words}), only {', '.join(known)}; "
-                "its segmentation is kept, or name it with --label and --text"
+                f'{"+".join(part)}: not completed, since "{words}" {why}; its segmentation is kept, or name it with '
+                "--label and --text"
             )
         else:
             structures.append(Structure(part, words))
@@ -327,19 +338,30 @@ def chain_files(
     out: str | Path,
     options: ChainOptions | None = None,
     *,
+    page: Path | None = None,
+    truth: Path | None = None,
     command: str = "",
 ) -> Outcome:
-    """Segment and complete everything at `source`; files as of `genmed.tasks.run.segment_files`."""
+    """Segment and complete everything at `source`; files as of `genmed.tasks.run.segment_files`.
+
+    Of one scan, and with a file `out`, `page` is an HTML page of the segmentation beside its completion, and how far
+    both are from the `truth`, if there is one.
+    """
     options = replace(options or ChainOptions(), complete_sha256=completer.sha256)
+    whole = read_truth(page, truth, Path(out))
+    if page is not None and not Path(out).name.lower().endswith(".nii.gz"):
+        raise GenMedError(f"--page {page}: shows one scan; give one, and a file name.nii.gz as --out.")
     structures_of(segmenter.plan, completer, options.label, options.text)  # what is wrong ends here, not in every case
-    task = Task("chain", partial(_chained, segmenter, completer, options), options.endings, measures=True)
-    return run_cases(task, segmenter, source, out, options, command)
+    make = partial(_chained, segmenter, completer, options, page, whole)
+    return run_cases(Task("chain", make, options.endings, measures=True), segmenter, source, out, options, command)
 
 
 def _chained(
     segmenter: Model,
     completer: ShapeModel,
     options: ChainOptions,
+    page: Path | None,
+    truth: Surfaces | None,
     id: str,
     scan: Volume,
     observed: Volume | None,
@@ -349,6 +371,50 @@ def _chained(
         segmenter, completer, scan, label=options.label, text=options.text, shapes=options.shapes,
         observed=observed, progress=progress, **options.of_segment,
     )  # fmt: skip
-    made = made_of(found.segmentation, segmenter.plan, options, id, scan, observed)
+    made = made_of(found.segmentation, segmenter.plan, options, id, scan)
     facts = {"completion_model": completer.plan.name, "completed": found.completed, "notes": list(found.notes)}
-    return replace(made, facts=made.facts | facts)
+    files = dict(made.files)
+    if page is not None:
+        alone = complete_all(
+            completer, segmenter.plan, scan, found.before, (),
+            grid=options.grid, observed=observed, roi_mm=options.roi_mm,
+        )  # fmt: skip
+        labels = found.segmentation.labels
+        html = chain_page(alone.segmentation.labels, labels, observed, truth, title=f"{id}, segmented and completed")
+        files["nii.gz"] = partial(_save_both, page, html, labels)
+    return replace(made, files=files, facts=made.facts | facts)
+
+
+def _save_both(page: Path, html: str, labels: Volume, path: Path) -> None:
+    write_bytes(page, html.encode("utf-8", "replace"))
+    labels.save(path)
+
+
+# The page -------------------------------------------------------------------------------------------------
+
+
+def chain_page(
+    alone: Volume, completed: Volume, observed: Volume | None, truth: Surfaces | None = None, *, title: str
+) -> str:
+    """The segmentation alone beside its completion, with the slices that were seen, against a truth.
+
+    Raises `GenMedError` where nothing was found.
+    """
+    if not (alone.data.any() and completed.data.any()):
+        raise GenMedError("no structure was found, so there is nothing to show; leave out --page.")
+    shapes = [surfaces_of(name, labels) for name, labels in (("Segmentation alone", alone), ("Completed", completed))]
+    planes = []
+    if observed is not None:
+        vertices = np.concatenate([shape.mesh.vertices for shape in shapes])
+        planes = [slice_corners(observed.affine, axis, at, vertices) for axis, at in seen_slices(observed.data[0] != 0)]
+    return shapes_page([(shape.name, shape) for shape in shapes], truth, title=title, planes=planes)
+
+
+def seen_slices(seen: Bool[np.ndarray, "x y z"]) -> list[tuple[int, int]]:
+    """Array axes and indices of slices that were seen as a whole; of neighbouring ones the first and the last."""
+    found = []
+    for axis in range(3):
+        whole = seen.all(axis=tuple(other for other in range(3) if other != axis))
+        inner = np.convolve(whole, [1, 1, 1], "same") == 3
+        found += [(axis, int(at)) for at in np.flatnonzero(whole & ~inner) if not whole.all()]
+    return found

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -34,11 +34,11 @@ NOTES = (
 
 @dataclass(frozen=True, eq=False)
 class Surfaces:
-    """A file as surfaces in mm: a mesh, or a label map with the values of each name ("" for a mesh)."""
+    """Something as surfaces in mm: a mesh, or a label map with the values of each name ("" for a mesh)."""
 
     name: str
     content: Mesh | Volume
-    values: dict[str, list[int]]
+    values: dict[str, list[int]] = field(default_factory=lambda: {"": []})
 
     @cached_property
     def mesh(self) -> Mesh:
@@ -55,7 +55,7 @@ class Surfaces:
 
 
 def compare_files(paths: Sequence[PathLike], out: PathLike, truth: PathLike | None = None) -> Path:
-    """Write the page that compares meshes (STL, PLY, OBJ, VTP; in mm) and label maps, one column each.
+    """Write the page that compares meshes (STL, PLY, OBJ, VTP, GLB; in mm) and label maps, one column each.
 
     With a `truth`, it is the ghost in every column, and Dice, Chamfer ×100 and UHD ×100 stand below the columns.
     Label maps get a colour for each label where there are 2 to 7 of them in all files. Raises `GenMedError` for files
@@ -68,43 +68,60 @@ def compare_files(paths: Sequence[PathLike], out: PathLike, truth: PathLike | No
     require_libraries()
     shapes = [read_shape(path) for path in sources]
     whole = read_shape(Path(truth).expanduser()) if truth is not None else None
-    names = list(dict.fromkeys(name for shape in shapes for name in shape.values if name))
-    coloured = 2 <= len(names) <= len(COLOURS)
-    page = comparison_page(
-        [
-            _column(title, shape, whole, names if coloured else [])
-            for title, shape in zip(_titles(sources), shapes, strict=True)
-        ],
-        title=_heading(shapes, whole),
-        truth=whole.mesh if whole else None,
-        classes=names if coloured else (),
-        notes=NOTES if whole else (),
-    )
+    page = shapes_page(list(zip(_titles(sources), shapes, strict=True)), whole, title=_heading(shapes, whole))
     return write_bytes(out, page.encode("utf-8", "replace"))  # of a file name that is no text
 
 
+def shapes_page(
+    shapes: Sequence[tuple[str, Surfaces]],
+    truth: Surfaces | None,
+    *,
+    title: str,
+    planes: Sequence[Float[np.ndarray, "4 3"]] = (),
+) -> str:
+    """The page of shapes with their titles, coloured by label where there are 2 to 7 names, against a truth."""
+    names = list(dict.fromkeys(name for _, shape in shapes for name in shape.values if name))
+    coloured = 2 <= len(names) <= len(COLOURS)
+    return comparison_page(
+        [_column(heading, shape, truth, names if coloured else []) for heading, shape in shapes],
+        title=title,
+        truth=truth.mesh if truth else None,
+        planes=planes,
+        classes=names if coloured else (),
+        notes=NOTES if truth else (),
+    )
+
+
 def completion_page(
-    part: Mesh,
-    whole: Mesh,
+    part: Surfaces,
+    whole: Surfaces,
     planes: Sequence[Float[np.ndarray, "4 3"]],
     fine_mm: float,
     *,
     doubtful: bool,
     title: str,
-    figures: Mapping[str, str],
+    residual_mm: float,
+    truth: Surfaces | None = None,
 ) -> str:
-    """The page of a completion: what was seen of PART beside `whole`, in mm, with cutting planes.
+    """The page of a completion: what was seen of PART beside `whole`, with cutting planes, against a truth.
 
     The completion is `OBSERVED` within `fine_mm` of what was seen. Of a doubtful part, what lies further outside of the
-    completion than that is `REDUNDANT`. `figures` stand below the completion.
+    completion than that is `REDUNDANT`.
     """
-    seen = np.full(len(part.vertices), OBSERVED, np.uint8)
+    seen = np.full(len(part.mesh.vertices), OBSERVED, np.uint8)
     if doubtful:
-        outside = winding(whole, part.vertices) < 0.5
-        seen[outside & (_apart(part.vertices, whole) > fine_mm)] = REDUNDANT
-    completed = np.where(_apart(whole.vertices, part) <= fine_mm, OBSERVED, UNOBSERVED).astype(np.uint8)
-    columns = [Column("What was seen", part, seen), Column("Completed", whole, completed, figures)]
-    return comparison_page(columns, title=title, planes=planes)
+        outside = winding(whole.mesh, part.mesh.vertices) < 0.5
+        seen[outside & (_apart(part.mesh.vertices, whole.mesh) > fine_mm)] = REDUNDANT
+    completed = np.where(_apart(whole.mesh.vertices, part.mesh) <= fine_mm, OBSERVED, UNOBSERVED).astype(np.uint8)
+    first, second = (_column(shape.name, shape, truth, ()) for shape in (part, whole))
+    figures = {**second.figures, "Residual": f"{residual_mm:.2f} mm"}
+    return comparison_page(
+        [replace(first, classes=seen), replace(second, classes=completed, figures=figures)],
+        title=title,
+        truth=truth.mesh if truth else None,
+        planes=planes,
+        notes=NOTES if truth else (),
+    )
 
 
 def _apart(points: Float[np.ndarray, "n 3"], mesh: Mesh) -> Float[np.ndarray, " n"]:
@@ -123,6 +140,21 @@ def require_page(option: str, path: Path) -> None:
     require_room(option, path)
 
 
+def read_truth(page: Path | None, truth: PathLike | None, out: Path) -> Surfaces | None:
+    """What `--page` compares with, if anything. Raises `GenMedError` for pages that cannot be made, before any work."""
+    if page is not None:
+        require_page("--page", page)
+        require_libraries()
+    if truth is None:
+        return None
+    path = Path(truth).expanduser()
+    if page is None:
+        raise GenMedError(f"--truth {path}: is shown on a page; say which with --page FILE.html.")
+    if out.resolve() == path.resolve():
+        raise GenMedError(f"--out {out}: would overwrite the truth; choose another.")
+    return read_shape(path)
+
+
 def _column(title: str, shape: Surfaces, truth: Surfaces | None, names: Sequence[str]) -> Column:
     figures = {**_volume(shape), **(_figures(shape, truth) if truth else {})}
     is_open = truth is not None and not (shape.mesh.is_closed and truth.mesh.is_closed)
@@ -132,10 +164,11 @@ def _column(title: str, shape: Surfaces, truth: Surfaces | None, names: Sequence
         return Column(title, shape.mesh, None, figures, f"{labels} labels, shown as one." if labels > 1 else note)
     parts = [shape.part(name) for name in shape.values]
     classes = np.array([names.index(name) if name else PLAIN for name in shape.values], dtype=np.uint8)
-    return Column(title, _together(parts), np.repeat(classes, [len(part.vertices) for part in parts]), figures, note)
+    return Column(title, together(parts), np.repeat(classes, [len(part.vertices) for part in parts]), figures, note)
 
 
-def _together(parts: Sequence[Mesh]) -> Mesh:
+def together(parts: Sequence[Mesh]) -> Mesh:
+    """Several meshes as one."""
     first = np.cumsum([0, *(len(part.vertices) for part in parts)])
     faces = np.concatenate([part.faces + start for part, start in zip(parts, first, strict=False)])
     return Mesh(np.concatenate([part.vertices for part in parts]), faces)
@@ -164,18 +197,22 @@ def _heading(shapes: Sequence[Surfaces], truth: Surfaces | None) -> str:
 def read_shape(path: Path) -> Surfaces:
     """A mesh by its suffix, else a label map with a surface for each label. Raises `GenMedError` for other files."""
     if path.suffix.lower() in MESH_SUFFIXES:
-        return Surfaces(path.name, merged(read_mesh(path)), {"": []})
+        return Surfaces(path.name, merged(read_mesh(path)))
     labels = read_labels(path)
     values = np.unique(labels.data)
     if values[0] < 0 or len(values) > MAX_LABELS:
         raise GenMedError(f"{path}: {len(values)} values from {values[0]}: a scan; segment it and give the label map.")
-    values = values[values != 0]
-    if len(values) == 0:
+    if not values.any():
         raise GenMedError(f"{path}: an empty label map, every voxel is 0; leave it out.")
+    return surfaces_of(path.name, labels)
+
+
+def surfaces_of(name: str, labels: Volume) -> Surfaces:
+    """A label map that is not empty, with a surface for each label."""
     by_name: dict[str, list[int]] = {}
-    for value in values.tolist():
+    for value in np.unique(labels.data[labels.data != 0]).tolist():
         by_name.setdefault(labels.label_names.get(value) or f"label {value}", []).append(value)
-    return Surfaces(path.name, labels, by_name)
+    return Surfaces(name, labels, by_name)
 
 
 def surface(mask: Bool[np.ndarray, "x y z"], affine: Float[np.ndarray, "4 4"]) -> Mesh:

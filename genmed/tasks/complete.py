@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import numpy as np
@@ -35,6 +35,7 @@ LENGTH = 4.0    # voxels: how far what a sample missed of the cue is believed to
 AMPLITUDE = 1.0
 GP_SIGMA = 0.1  # voxels
 GP_ITERATIONS = 12
+BELIEVED = 2.0  # voxels of the cube: a smooth border that lies no further from the completed one is taken as it is
 
 Progress = Callable[[float], None]
 
@@ -114,8 +115,8 @@ def complete(
     codes = z0[order][:, model.fields.slice("shape")].flatten(1)
     volume = model.decode(codes, words[order])
     posed = Posed(model, cue, posed.pose[order])
-    volume = honoured(volume, posed)
-    shapes = tuple(shape_at(v, p) for v, p in zip(volume[:, 0].numpy(), posed.pose.numpy(), strict=True))
+    volume = believed(honoured(volume, posed), posed)
+    shapes = shapes_at(volume, posed.pose, model.scaled(codes, words[order], BLUR))
     if progress:
         progress(1.0)
     missed = float((posed.misses(volume[:1], posed.pose[:1]) ** 2).mean().sqrt() * posed.pose[0, 3].exp())
@@ -187,7 +188,8 @@ def generate(
 ) -> tuple[Shape, ...]:
     """Draw complete shapes around the world's origin, of a caption's sentence embedding or of whatever is known.
 
-    Raises `GenMedError` for fewer shapes than 1.
+    Those of a structure whose training shapes had no size in mm are not `scaled`. Raises `GenMedError` for fewer
+    shapes than 1.
     """
     if count < 1:
         raise GenMedError(f"count {count}: must be 1 or more.")
@@ -203,10 +205,12 @@ def generate(
     generators = seeded([seed * 1_000_003 + i for i in range(count)])
     z = plan.sigma_max * noise(torch.zeros(count, fields.channels, 1, 1, 1), generators)
     drawn = fields.split(heun(denoise, z, schedule(plan.sigma_max, plan.sigma_min, GENERATED_STEPS)))
-    volume = model.decode(drawn["shape"].flatten(1), None if text is None else words.expand(count, -1))
+    codes = drawn["shape"].flatten(1)
+    volume = model.decode(codes, None if text is None else words.expand(count, -1))
     log_mm = model.log_voxel_mm(drawn["size"].flatten(1))
     poses = torch.cat([torch.zeros(count, 3), log_mm], dim=1)
-    return tuple(shape_at(v, p) for v, p in zip(volume[:, 0].numpy(), poses.numpy(), strict=True))
+    spoken = (words if text is not None else torch.full_like(words, torch.nan)).expand(count, -1)
+    return shapes_at(volume, poses, model.scaled(codes, spoken, BLUR))
 
 
 def energy(z0: Float[Tensor, "b c 1 1 1"], posed: Posed) -> Float[Tensor, " b"]:
@@ -236,6 +240,40 @@ def honoured(volume: Float[Tensor, "b 1 n n n"], posed: Posed) -> Float[Tensor, 
     for _ in range(2):  # bounds that were kept before may be left by the first correction
         volume = consistent(volume, sdf, fit, length=LENGTH, amplitude=AMPLITUDE, iterations=GP_ITERATIONS)
     return volume
+
+
+def believed(volume: Float[Tensor, "b 1 n n n"], posed: Posed) -> Float[Tensor, "b 1 n n n"]:
+    """Distances to the border of a label map, as it was seen, near the completed surface.
+
+    Where a doubtful map and the completed surface are `BELIEVED` apart or more, it does not belong, or is missing. Cues
+    without a border change nothing.
+    """
+    from scipy.spatial import cKDTree
+
+    if (border := posed.cue.border) is None:
+        return volume
+    tree, reach = cKDTree(border.points_mm), posed.cue.voxel_mm
+    found = volume.clone()
+    for sdf, pose in zip(found[:, 0].numpy(), posed.pose.double().numpy(), strict=True):
+        near = np.abs(sdf) < BELIEVED
+        voxel_mm = float(np.exp(pose[3]))
+        places = (np.argwhere(near) - (len(sdf) - 1) / 2) * voxel_mm + pose[:3]
+        away, which = tree.query(places, k=8, distance_upper_bound=reach)
+        weight = np.where(np.isfinite(away), reach - away, 0.0)
+        distance = np.append(border.distance_mm, 0.0)[which] / voxel_mm
+        shown = (weight * distance).sum(axis=1) / weight.sum(axis=1).clip(min=1e-9)
+        own = sdf[near]
+        kept = (weight.sum(axis=1) > 0) & ((np.abs(shown - own) < BELIEVED) | (not posed.cue.doubtful))
+        sdf[near] = np.where(kept, shown, own)
+    return found
+
+
+def shapes_at(
+    volumes: Float[Tensor, "b 1 n n n"], poses: Float[Tensor, "b 4"], scaled: Sequence[bool]
+) -> tuple[Shape, ...]:
+    """`shape_at` of every row, with whether its size is known in mm."""
+    rows = zip(volumes[:, 0].numpy(), poses.numpy(), scaled, strict=True)
+    return tuple(replace(shape_at(volume, pose), scaled=known) for volume, pose, known in rows)
 
 
 def shape_at(volume: Float[np.ndarray, "n n n"], pose: Float[np.ndarray, 4]) -> Shape:

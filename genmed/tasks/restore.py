@@ -18,7 +18,7 @@ from genmed.errors import GenMedError
 from genmed.files import write_bytes
 from genmed.hub import Model
 from genmed.space import Intensity, Space
-from genmed.tasks.segment import MONOTONE, Progress, segment
+from genmed.tasks.segment import MONOTONE, Progress, Segmentation, segment
 from genmed.volume import Volume
 
 SAMPLES = 4  # guided trajectories that are averaged
@@ -33,7 +33,8 @@ class Restoration:
     """What `restore` or `translate` made. The image is synthetic: no voxel of it was measured as it stands.
 
     `image` is the mean over the samples, (c, x, y, z) on the model's working grid; `deviation` is their voxel-wise
-    standard deviation in the same units, None for a single sample. `residual` is that of `segment`, averaged.
+    standard deviation in the same units, None for a single sample. `residual` is that of `segment`, averaged; the
+    others are as there, of the first sample.
     """
 
     image: Volume
@@ -42,6 +43,16 @@ class Restoration:
     seconds: float
     seed: int
     deviation: Volume | None = None
+    surprise: float | None = None
+    observed_share: float = 1.0
+    slice_thickness_mm: float | None = None
+    doubts: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def doubtful(self) -> bool:
+        """There are `doubts`."""
+        return bool(self.doubts)
 
 
 def restore(
@@ -133,8 +144,9 @@ def _average(
         raise GenMedError(f"samples must be at least 1, not {count}.")
     drawn: list[Volume] = []
     residuals: list[float] = []
+    first: Segmentation | None = None
     for number in range(count):
-        if match not in ("auto", *MONOTONE):  # nothing is left for which clean cases must be known
+        if number and match not in MONOTONE:  # nothing is left for which clean cases must be known
             model = replace(model, plan=replace(model.plan, typical=()))
         found = segment(
             model, scan, mode="restore-then-condition", match=match, samples=1, seed=seed + number * SEED_STEP,
@@ -142,19 +154,24 @@ def _average(
             progress=_share(progress, number, count),
         )  # fmt: skip
         assert found.image is not None
-        match = found.match  # what was chosen for the first sample holds for all
+        first = first or found
+        match, observed = found.match, found.observed  # what was chosen for the first sample holds for all
         slice_thickness_mm = found.slice_thickness_mm or math.inf  # infinite: all of the slice spacing
         drawn.append(found.image)
         residuals.append(found.residual)
+    assert first is not None
     space = Space.fit(scan.grid, model.plan.spacing_mm, slice_axis_last=model.plan.thick_slices, roi_mm=roi_mm)
     seen = _seen(scan, observed, space)
     drawn = [image.like(units(image.data, scan, seen, space)) for image in drawn]
     images = np.stack([image.data for image in drawn]).astype(np.float64)
     mean, spread = images.mean(axis=0), images.std(axis=0, ddof=1) if count > 1 else None
+    whole = replace(first, residual=float(np.mean(residuals)))
     return Restoration(
-        image=drawn[0].like(mean.astype(np.float32)), residual=float(np.mean(residuals)), match=match,
+        image=drawn[0].like(mean.astype(np.float32)), residual=whole.residual, match=match,
         seconds=time.monotonic() - started, seed=seed,
         deviation=None if spread is None else drawn[0].like(spread.astype(np.float32)),
+        surprise=whole.surprise, observed_share=whole.observed_share, slice_thickness_mm=whole.slice_thickness_mm,
+        doubts=whole.doubts, notes=whole.notes,
     )  # fmt: skip
 
 

@@ -225,28 +225,18 @@ def _segmented(
 ) -> Made:
     """Label map, and what else was asked for."""
     result = segment(model, scan, observed=observed, progress=progress, **options.of_segment)
-    return made_of(result, model.plan, options, id, scan, observed)
+    return made_of(result, model.plan, options, id, scan)
 
 
-def made_of(
-    result: Segmentation, plan: Plan, options: Options, id: str, scan: Volume, observed: Volume | None
-) -> Made:
+def made_of(result: Segmentation, plan: Plan, options: Options, id: str, scan: Volume) -> Made:
     """The files of a segmentation, its facts and its statistics."""
-    shown = on_grid(_only_observed(scan, observed), result.labels.grid, order=0)
+    shown = on_grid(_only_observed(scan, result.observed), result.labels.grid, order=0)
     files: dict[str, Callable[[Path], None]] = {"nii.gz": result.labels.save}
     if options.probabilities:
         files["probabilities.nii.gz"] = _probabilities(result, id).save
     if options.preview:
         files["preview.png"] = partial(save_preview, shown, result.labels)
-    facts = {
-        "mode": result.mode,
-        "surprise": None if result.surprise is None else _finite(result.surprise),
-        "doubtful": result.doubtful,
-        "doubts": list(result.doubts),
-        "observed_share": round(result.observed_share, 4),
-        "slice_thickness_mm": result.slice_thickness_mm,
-        "widened": result.widened,
-    }
+    facts = {"mode": result.mode, "widened": result.widened}
     return Made(files, facts | _facts(result), measure(result, shown, plan))
 
 
@@ -290,6 +280,12 @@ def _facts(result: Segmentation | Restoration) -> dict[str, Any]:
     return {
         "match": result.match,
         "residual": _finite(result.residual),
+        "surprise": None if result.surprise is None else _finite(result.surprise),
+        "doubtful": result.doubtful,
+        "doubts": list(result.doubts),
+        "observed_share": round(result.observed_share, 4),
+        "slice_thickness_mm": result.slice_thickness_mm,
+        "notes": list(result.notes),
         "seconds": round(result.seconds, 2),
         "seed": result.seed,
     }

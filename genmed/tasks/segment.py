@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +24,7 @@ from genmed.plan import Plan
 from genmed.samplers import Denoise, euler, noise, schedule, seeded, time_travel
 from genmed.space import Intensity, Space
 from genmed.surprise import DRAWS, LIMIT, features, histogram, surprise, typical_histogram
-from genmed.tasks.view import View
+from genmed.tasks.view import SMALLEST_EXTENT, View, seen_slices
 from genmed.tiles import tiled, tiled_logits
 from genmed.volume import Volume
 
@@ -77,8 +77,10 @@ class Segmentation:
     in conditional mode, which takes the image as exact. `surprise` says how far the pair of image and label is
     from clean cases, in standard deviations over these (None for a model that has not measured them).
     `observed_share` is the share of the found structures that was observed, on the working grid (of the field of view,
-    where nothing was found). `doubts` judges all three. `slice_thickness_mm` is what slices were taken to average,
-    `widened` tells that unseen tissue was restored round a small field of view.
+    where nothing was found). `extent_share` is the share of the field of view seen in training that the scan covers
+    along the axis with the least of it. `doubts` judges all four. `slice_thickness_mm` is what slices were taken to
+    average, `widened` tells that unseen tissue was restored round a small field of view. `observed` is the mask of what
+    was looked at, on the scan's grid (None: everything), `notes` says what was assumed of the scan.
     """
 
     labels: Volume
@@ -94,6 +96,9 @@ class Segmentation:
     slice_thickness_mm: float | None = None
     widened: bool = False
     observed_share: float = 1.0
+    extent_share: float = 1.0
+    observed: Volume | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def doubts(self) -> tuple[str, ...]:
@@ -105,6 +110,11 @@ class Segmentation:
             lines.append(f"what was observed is not explained (residual {self.residual:.1f}, above {RESIDUAL_LIMIT:g})")
         if self.observed_share < LEAST_OBSERVED:
             lines.append(f"{self.observed_share:.1%} of what was found was observed, the rest is the model's guess")
+        if self.extent_share < SMALLEST_EXTENT:
+            lines.append(
+                f"along an axis it covers {self.extent_share:.1%} of the field of view that the model was trained on: "
+                "check the voxel spacing in its header"
+            )
         return tuple(lines)
 
     @property
@@ -166,9 +176,11 @@ def segment(
             these, `conditional` takes those of `UNGUIDED`.
         samples: how many to draw and average; default 1 (conditional) or 4.
         grid: result on the scan's own grid (`input`) or the working grid (`model`).
-        observed: mask on the scan's grid; voxels where it is 0 are never looked at.
-        slice_thickness_mm: thickness of what a coarse voxel averages along its longest side. By default the spacing
-            or, where the slices of one axis are coarse and a gap between them explains the scan better, one voxel.
+        observed: mask on the scan's grid; voxels where it is 0 are never looked at. By default all are, but for slices
+            of a single value in between others (`seen_slices`).
+        slice_thickness_mm: thickness of what a coarse voxel averages along its longest side. By default that of a
+            DICOM header; else the spacing or, where the slices of one axis are the coarsest and a gap between them
+            explains the scan better, one voxel.
         roi_mm: world box ((x0, x1), (y0, y1), (z0, z1)) to which the work is confined.
         progress: called with the finished share.
 
@@ -179,15 +191,17 @@ def segment(
     if not isinstance(model, Model):
         raise GenMedError("the model is one of shapes, not of images; use `genmed.complete`.")
     _check_options(mode, match, samples, grid)
+    observed, notes = (observed, ()) if observed is not None else seen_slices(scan)
     view = View.of(model.plan, scan, observed, slice_thickness_mm, roi_mm)
     attempts = attempts_at(view, mode, match)
-    if view.has_thick_slices and slice_thickness_mm is None and attempts[0][0] != "conditional":
+    if view.slice_axis is not None and view.slice_thickness_mm is None and attempts[0][0] != "conditional":
         thin = view.with_thin_slices()
         view = min(view, thin, key=lambda view: probe(model, view, attempts[0], seed))
     best = explain(model, view, attempts, samples=samples, seed=seed, progress=progress)
     if progress:
         progress(1.0)
-    return _result(model.plan, scan, view, best, grid=grid, seed=seed, seconds=time.monotonic() - started)
+    found = _result(model.plan, scan, view, best, grid=grid, seed=seed, seconds=time.monotonic() - started)
+    return replace(found, observed=observed, notes=notes)
 
 
 def explain(
@@ -459,7 +473,8 @@ def _result(
     return Segmentation(
         labels=labels, probabilities=chances, volume_ml=_volumes(plan, space, soft), residual=found.residual,
         surprise=found.surprise, mode=found.mode, match=found.match, slice_thickness_mm=view.slice_thickness_mm,
-        widened=found.widened, observed_share=observed_share(view, mean), seconds=seconds, seed=seed, image=restored,
+        widened=found.widened, observed_share=observed_share(view, mean), extent_share=view.extent_share,
+        seconds=seconds, seed=seed, image=restored,
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,25 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from genmed.comparison import slice_corners
-from genmed.cue import AXES, ROOM, Cue, cue_of_labels, cue_of_points, planes_of
+from genmed.cue import AXES, ROOM, Cue, cue_of_labels, cue_of_points, planes_of, united
 from genmed.errors import GenMedError
 from genmed.files import require_room, sha256_of, write_bytes, write_json
 from genmed.guide import Diverged
-from genmed.mesh import MESH_SUFFIXES, Mesh, merged, read_mesh, repair, require_libraries, save_mesh, signed_distance
+from genmed.mesh import (
+    PART_SUFFIXES,
+    Mesh,
+    merged,
+    one_way_round,
+    read_mesh,
+    repair,
+    save_mesh,
+    signed_distance,
+)  # fmt: skip
 from genmed.shape import cube
 from genmed.shape_model import ShapeModel
-from genmed.tasks.compare import completion_page, require_page
-from genmed.tasks.compare import surface as surface_of_mask
+from genmed.tasks.compare import Surfaces, completion_page, read_truth, together
 from genmed.tasks.complete import Completion, Progress, complete, generate
+from genmed.tasks.region import cue_of_cloud, cue_of_region
 from genmed.volume import Volume, read, read_labels, require_same_grid
 
 NIFTI = (".nii.gz", ".nii")
@@ -39,40 +49,46 @@ def complete_file(
     planes: str | None = None,
     observed: str | Path | None = None,
     text: str | None = None,
+    doubtful: bool = False,
     samples: int = 12,
     seed: int = 0,
+    probabilities: bool = False,
     page: str | Path | None = None,
+    truth: str | Path | None = None,
     command: str = "",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Complete a binary label map or a surface, and write a label map or a surface with a manifest beside it.
+    """Complete a binary label map, a surface or points on one; write a label map or a surface, and a manifest.
 
-    With planes or a mask, everything else of PART is unseen, and seen voxels come back as they were. Without both, all
-    of PART is seen and none of it is trusted to the voxel; a surface is repaired, of which a fifth may be missing.
-    `page` is an HTML page of what was seen beside its completion. Returns what the manifest says. Raises `GenMedError`.
+    With planes or a mask, everything else of PART is unseen, and seen voxels come back as they were, unless the cue is
+    `doubtful`. Without both, all of PART is seen and none of it is trusted to the voxel; a surface is repaired, of
+    which a fifth may be missing. `probabilities` writes the share of samples in every voxel, too. `page` is an HTML
+    page of what was seen beside its completion, and how far both are from the `truth`, if there is one. Returns what
+    the manifest says. Raises `GenMedError`.
     """
     part, out = Path(part).expanduser(), Path(out).expanduser()
     suffix = next((s for s in OUT_SUFFIXES if out.name.lower().endswith(s)), None)
     if suffix is None:
         raise GenMedError(f"--out {out}: cannot write this; name it {', '.join(OUT_SUFFIXES)}.")
+    if probabilities and suffix not in NIFTI:
+        raise GenMedError(f"--probabilities: have no place beside a surface; name --out {out.stem}.nii.gz.")
+    chances = out.with_name(out.name[: -len(suffix)] + ".probabilities.nii.gz") if probabilities else None
     for given in (part, None if observed is None else Path(observed).expanduser()):
-        if given is not None and out.resolve() == given.resolve():
+        if given is not None and given.resolve() in (out.resolve(), chances and chances.resolve()):
             raise GenMedError(f"--out {out}: would overwrite the input; choose another.")
     if samples < 1 or seed < 0:
         raise GenMedError(f"--samples {samples} --seed {seed}: samples must be 1 or more, the seed 0 or more.")
     require_room("--out", out)
-    if page is not None:
-        page = Path(page).expanduser()
-        require_page("--page", page)
-        require_libraries()
+    page = None if page is None else Path(page).expanduser()
+    whole = read_truth(page, truth, out)
     warning, embedding = words(model, text)
     wanted = parse_planes(planes)
     label, seen, surface = None, None, None
     repairs: tuple[str, ...] = ()
-    if part.suffix.lower() in MESH_SUFFIXES:
-        cue, surface, repairs = _mesh_cue(part, wanted, observed, seed)
+    if part.suffix.lower() in PART_SUFFIXES:
+        cue, surface, repairs = _mesh_cue(part, wanted, observed, doubtful, seed)
     else:
-        label, seen, cue = _label_cue(part, wanted, observed, seed)
+        label, seen, cue = _label_cue(part, wanted, observed, doubtful, seed)
     try:
         found = complete(model, cue, text=embedding, samples=samples, seed=seed, progress=progress)
     except GenMedError as error:
@@ -88,18 +104,24 @@ def complete_file(
         "weights_sha256": model.sha256,
         "repairs": list(repairs),
         "planes": {name: list(values) for name, values in wanted.items()},
+        "doubtful": cue.doubtful,
         "text": text if embedding is not None else None,
         "warning": warning,
+        "scale_known": found.shapes[0].scaled,
         "samples": samples,
         "seed": seed,
         "residual_mm": round(found.residual, 4),
         "volume_ml": None if found.volume_ml is None else found.volume_ml._asdict(),
         "seconds": round(found.seconds, 2),
         "out": str(out),
+        "probabilities": None if chances is None else str(chances),
         "page": None if page is None else str(page),
+        "truth": None if truth is None else str(truth),
     }
-    made = _made(found, label, seen, cue, suffix)
-    html = "" if page is None else _page(made, label, seen, surface, cue, wanted, part.name, facts)
+    made, chance = _made(found, label, seen, cue, suffix)
+    html = "" if page is None else _page(made, label, seen, surface, cue, wanted, whole, part.name, facts)
+    if chances is not None and chance is not None:
+        chance.save(chances)
     if isinstance(made, Volume):
         made.save(out)
     else:
@@ -133,9 +155,8 @@ def generate_files(
             rows.append({"file": None, "volume_ml": 0.0, "extent_mm": 0.0})  # a rare draw that encloses nothing
             continue
         path = save_mesh(mesh, out / f"shape-{number:04d}.stl")
-        rows.append(
-            {"file": path.name, "volume_ml": round(mesh.volume_ml, 3), "extent_mm": round(mesh.extent_mm, 2)}
-        )
+        sizes = (round(mesh.volume_ml, 3), round(mesh.extent_mm, 2)) if shape.scaled else (None, None)
+        rows.append({"file": path.name, "volume_ml": sizes[0], "extent_mm": sizes[1]})
     facts = {
         "command": command,
         "genmed": version("genmed"),
@@ -143,6 +164,7 @@ def generate_files(
         "weights_sha256": model.sha256,
         "text": text if embedding is not None else None,
         "warning": warning,
+        "scale_known": all(row["volume_ml"] is not None for row in rows),
         "seed": seed,
         "shapes": rows,
     }
@@ -162,14 +184,20 @@ def _generated(folder: Path) -> set[str]:
 
 
 def words(model: ShapeModel, text: str | None) -> tuple[str, Any]:
-    """A warning, or nothing, and the sentence embedding of a text that names one known structure, or None."""
+    """A warning, or nothing, and the sentence embedding of a text that names one known structure, or None.
+
+    Of a text whose side is all that is wrong, the structure's name is taken.
+    """
     from genmed.text import embed, understand
 
     if text is None:
         return "", None
     named = understand(text, model.plan.categories)
     if isinstance(named, str):
-        return f'"{text}" {named}; going on without text', None
+        other = understand(re.sub(r"(?i)\b(left|right)\b", "", text), model.plan.categories)
+        if isinstance(other, str):
+            return f'"{text}" {named}; going on without text', None
+        return f'"{text}" {named}; going on with "{other.category}"', embed([other.category])[0]
     return "", embed([text])[0]
 
 
@@ -185,15 +213,21 @@ def parse_planes(text: str | None) -> dict[str, list[float]]:
 
 
 def _mesh_cue(
-    part: Path, planes: Mapping[str, Sequence[float]], observed: str | Path | None, seed: int
+    part: Path, planes: Mapping[str, Sequence[float]], observed: str | Path | None, doubtful: bool, seed: int
 ) -> tuple[Cue, Mesh, tuple[str, ...]]:
     """The cue, the surface that was seen, and what had to be repaired."""
-    if observed is not None:
-        raise GenMedError(f"{part}: --observed is a mask of a label map; cut a surface with --planes in mm.")
-    mesh = read_mesh(part)
+    mesh = read_mesh(part, points=True)
+    if not len(mesh.faces) and (planes or observed is not None):
+        raise GenMedError(f"{part}: holds points, all of which count; leave out --planes and --observed.")
+    mask = None if observed is None else read_labels(observed)
     try:
-        if planes:
-            return *cue_of_sections(mesh, planes, seed=seed), ()
+        if not len(mesh.faces):
+            return *cue_of_cloud(mesh.vertices, seed=seed), ()
+        if planes or mask is not None:
+            seen = [cue_of_sections(mesh, planes, doubtful=doubtful, seed=seed)] if planes else []
+            seen += [cue_of_region(mesh, mask, doubtful=doubtful, seed=seed)] if mask is not None else []
+            cues, shown = zip(*seen, strict=True)
+            return reduce(united, cues), together(shown), ()
         mesh, repairs = repair(mesh)
         grid = cube(mesh, 64)
         cue = cue_of_labels(signed_distance(mesh, grid) < 0, grid.affine, doubtful=True, seed=seed)
@@ -202,7 +236,9 @@ def _mesh_cue(
         raise GenMedError(f"{part}: {error}") from error
 
 
-def cue_of_sections(mesh: Mesh, planes_mm: Mapping[str, Sequence[float]], *, seed: int = 0) -> tuple[Cue, Mesh]:
+def cue_of_sections(
+    mesh: Mesh, planes_mm: Mapping[str, Sequence[float]], *, doubtful: bool = False, seed: int = 0
+) -> tuple[Cue, Mesh]:
     """The cue of a surface that was cut by planes at world positions in mm, and ribbons along the sections.
 
     Nothing outside the planes is looked at. Inside is, within each plane, where the generalised winding number
@@ -228,7 +264,7 @@ def cue_of_sections(mesh: Mesh, planes_mm: Mapping[str, Sequence[float]], *, see
         near = ((points[-1] >= low) & (points[-1] <= high))[:, np.arange(3) != axis].all(axis=1) & (len(lines) > 0)
         inside.append(near)
         inside[-1][near] = np.abs(_turns(np.delete(lines, axis, 2), np.delete(points[-1][near], axis, 1))) > 0.5
-    cue = cue_of_points(np.concatenate(points), np.concatenate(inside), step, seed=seed)
+    cue = cue_of_points(np.concatenate(points), np.concatenate(inside), step, doubtful=doubtful, seed=seed)
     return cue, _ribbons([(axis, lines) for axis, _, lines in cuts if len(lines)], step)
 
 
@@ -236,7 +272,7 @@ def section(mesh: Mesh, axis: int, at: float) -> Float[np.ndarray, "n 2 3"]:
     """Line segments in which triangles meet the plane where a world axis is `at` mm, all turning the same way round."""
     above = mesh.vertices[:, axis] > at
     met = above[mesh.faces].any(axis=1) & ~above[mesh.faces].all(axis=1)
-    first = _one_way_round(mesh.vertices, mesh.faces[met])
+    first = one_way_round(mesh.vertices, mesh.faces[met])
     second = np.roll(first, -1, axis=1)
     ends = []
     for side in (False, True):  # every triangle goes up through the plane along one edge, and down along another
@@ -244,20 +280,6 @@ def section(mesh: Mesh, axis: int, at: float) -> Float[np.ndarray, "n 2 3"]:
         a, b = mesh.vertices[first[crossing]], mesh.vertices[second[crossing]]
         ends.append(a + (b - a) * ((at - a[:, axis]) / (b - a)[:, axis])[:, None])
     return np.stack(ends, axis=1)
-
-
-def _one_way_round(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
-    """Faces turned so that neighbours agree, as most of those that are connected did."""
-    import trimesh
-
-    surface = trimesh.Trimesh(vertices, faces, process=False)
-    if not len(faces) or surface.is_winding_consistent:
-        return faces
-    trimesh.repair.fix_winding(surface)
-    turned = (surface.faces != faces).any(axis=1)
-    piece = trimesh.graph.connected_component_labels(surface.face_adjacency, node_count=len(faces))
-    mostly = np.bincount(piece, turned) > np.bincount(piece) / 2
-    return np.where((turned != mostly[piece])[:, None], faces[:, ::-1], faces)
 
 
 def _turns(lines: Float[np.ndarray, "n 2 2"], points: Float[np.ndarray, "m 2"]) -> Float[np.ndarray, " m"]:
@@ -281,7 +303,7 @@ def _ribbons(sections: Sequence[tuple[int, np.ndarray]], height_mm: float) -> Me
 
 
 def _label_cue(
-    part: Path, planes: Mapping[str, Sequence[float]], observed: str | Path | None, seed: int
+    part: Path, planes: Mapping[str, Sequence[float]], observed: str | Path | None, doubtful: bool, seed: int
 ) -> tuple[Volume, Bool[np.ndarray, "x y z"] | None, Cue]:
     label = read(part, finite=False)  # what was not seen may be anything
     if label.data.shape[0] != 1:
@@ -296,8 +318,9 @@ def _label_cue(
         require_same_grid(label, mask)
         seen = (mask.data[0] != 0) if seen is None else seen | (mask.data[0] != 0)
     _require_one_structure(part, label.data[0] if seen is None else label.data[0][seen])
+    doubtful |= seen is None
     try:
-        return label, seen, cue_of_labels(label.data[0] != 0, label.affine, seen, doubtful=seen is None, seed=seed)
+        return label, seen, cue_of_labels(label.data[0] != 0, label.affine, seen, doubtful=doubtful, seed=seed)
     except GenMedError as error:
         raise GenMedError(f"{part}: {error}") from error
 
@@ -315,17 +338,17 @@ def _require_one_structure(part: Path, seen: np.ndarray) -> None:
 
 def _made(
     found: Completion, label: Volume | None, seen: Bool[np.ndarray, "x y z"] | None, cue: Cue, suffix: str
-) -> Volume | Mesh:
-    """The result as it is written."""
+) -> tuple[Volume | Mesh, Volume | None]:
+    """The result as it is written, and of a label map the probabilities that it is made of."""
     if suffix not in NIFTI:
-        return found.mesh()
+        return found.mesh(), None
     if label is None:
         grid = found.shapes[0].grid
-        return Volume((found.probability(grid) > 0.5).astype(np.uint8)[None], grid.affine)
-    whole = found.probability(label.grid) > 0.5
+        label, seen = Volume(np.zeros((1, *grid.shape), np.uint8), grid.affine), None
+    chance = found.probability(label.grid)
     if seen is not None and not cue.doubtful:
-        whole = np.where(seen, label.data[0] != 0, whole)
-    return label.like(whole.astype(np.uint8))
+        chance = np.where(seen, label.data[0] != 0, chance)
+    return label.like((chance > 0.5).astype(np.uint8)), label.like(chance.astype(np.float32))
 
 
 def _page(
@@ -335,26 +358,27 @@ def _page(
     surface: Mesh | None,
     cue: Cue,
     planes: Mapping[str, Sequence[float]],
+    truth: Surfaces | None,
     name: str,
     facts: Mapping[str, Any],
 ) -> str:
     """What was seen, of a label map or a surface, beside the result."""
     from nibabel.orientations import io_orientation
 
-    if isinstance(made, Volume):
-        if not made.data.any():
-            raise GenMedError(f"{name}: the completion holds no voxel, so there is nothing to show; leave out --page.")
-        made = surface_of_mask(made.data[0] != 0, made.affine)
+    if isinstance(made, Volume) and not made.data.any():
+        raise GenMedError(f"{name}: the completion holds no voxel, so there is nothing to show; leave out --page.")
+    shown: Volume | Mesh | None = surface
     affine, axes = np.eye(4), AXES
     if label is not None:
-        shown = label.data[0] != 0
-        surface = surface_of_mask(shown if seen is None else shown & seen, label.affine)
+        inside = label.data[0] != 0
+        shown = label.like((inside if seen is None else inside & seen).astype(np.uint8))
         affine, world = label.affine, io_orientation(label.affine)[:, 0].astype(int).tolist()
         axes = {plane: world.index(axis) for plane, axis in AXES.items()}
-    assert surface is not None
+    assert shown is not None
+    part, whole = Surfaces("What was seen", shown), Surfaces("Completed", made)
     places = [(axes[plane], at) for plane, several in planes.items() for at in several]
-    corners = [slice_corners(affine, axis, at, made.vertices) for axis, at in places]
-    figures = {"Volume": f"{abs(made.volume_ml):.3g} ml", "Residual": f"{facts['residual_mm']:.2f} mm"}
+    corners = [slice_corners(affine, axis, at, whole.mesh.vertices) for axis, at in places]
     return completion_page(
-        surface, made, corners, cue.voxel_mm, doubtful=cue.doubtful, title=f"{name}, completed", figures=figures
-    )
+        part, whole, corners, cue.voxel_mm,
+        doubtful=cue.doubtful, title=f"{name}, completed", residual_mm=facts["residual_mm"], truth=truth,
+    )  # fmt: skip

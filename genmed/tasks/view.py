@@ -15,15 +15,18 @@ from torch import Tensor
 from genmed.errors import GenMedError
 from genmed.observe import Identity, Observation, Resample, masked, voxels
 from genmed.plan import Plan
-from genmed.space import Intensity, Space, apply_matrices, resample_matrix
+from genmed.space import SLICE_RATIO, Intensity, Space, apply_matrices, resample_matrix
 from genmed.surprise import histogram
 from genmed.volume import Volume, check_image, require_3d, require_same_grid
 
 COARSE = 1.5  # voxels this much larger than the working spacing are an observation, not something to interpolate
 ROUNDING = 1.01  # of a slice thickness in a header
 LARGEST_EXTENT = 1.6  # field of view that is believed, in units of the largest one seen in training
+SMALLEST_EXTENT = 0.2  # along an axis, in the same units: below it, the header or the result is doubtful
 SIGMA_Y = 0.05  # noise of an observed voxel, in standard deviations of the image
 FEWEST_VOXELS = 500  # that an estimate of the noise needs
+FEWEST_EMPTY = 3  # slices of one value between others that count as missing
+NATURAL = 0.5  # share of that value in the other slices from which on it is taken for the scan's own background
 NOISY = 0.2  # noise that is taken for noise rather than texture; above it the estimate is SIGMA_Y
 
 
@@ -44,6 +47,7 @@ class View:
     slice_thickness_mm: float | None = None
     room: tuple[int, int, int] = (0, 0, 0)  # working voxels by which the training patches are larger
     margins: tuple[tuple[int, int], ...] = ((0, 0), (0, 0), (0, 0))  # unseen voxels round the working grid
+    extent_share: float = 1.0  # of the field of view seen in training, along the axis with the least of it
 
     @property
     def coarse(self) -> bool:
@@ -51,13 +55,21 @@ class View:
         return any(self.coarse_axes)
 
     @property
-    def has_thick_slices(self) -> bool:
-        """One axis is coarse: its slices may average their whole spacing, or have gaps between them."""
-        return sum(self.coarse_axes) == 1
+    def spacing_y_mm(self) -> tuple[float, float, float]:
+        """Distances between neighbours on the observation grid."""
+        model = self.space.model
+        x, y, z = (mm * m / n for mm, m, n in zip(model.spacing_mm, model.shape, self.seen.shape, strict=True))
+        return x, y, z
+
+    @property
+    def slice_axis(self) -> int | None:
+        """The only coarse axis, or the clearly coarsest: its slices may average their spacing, or have gaps between."""
+        return _slice_axis(self.coarse_axes, self.spacing_y_mm)
 
     def with_thin_slices(self) -> View:
         """The same scan if its slices were as thin as the working voxels, with gaps between."""
-        axis = self.coarse_axes.index(True)
+        axis = self.slice_axis
+        assert axis is not None
         thin_mm = self.space.model.spacing_mm[axis]
         n_y, n_model = self.matrices[axis].shape
         thin = torch.from_numpy(slice_profile(n_model, n_y, thin_mm, thin_mm * n_model / n_y)).float()
@@ -112,9 +124,7 @@ class View:
 
         Hidden slices come linearly from the seen ones around them, other hidden voxels from the nearest seen one.
         """
-        model = self.space.model
-        spacing_mm = [mm * m / n for mm, m, n in zip(model.spacing_mm, model.shape, self.seen.shape, strict=True)]
-        filled = _fill_hidden(self.y, self.seen, spacing_mm)
+        filled = _fill_hidden(self.y, self.seen, self.spacing_y_mm)
         return apply_matrices(filled, [_interpolation(m) for m in self.matrices])
 
     @property
@@ -151,7 +161,7 @@ class View:
             )
         _check_thickness(scan, slice_thickness_mm)
         space = Space.fit(scan.grid, plan.spacing_mm, slice_axis_last=plan.thick_slices, roi_mm=roi_mm)
-        _check_extent(plan, space, scan)
+        extent_share = _checked_extent(plan, space, scan)
         fine, seen = space.orient(data), space.orient(mask[None].astype(np.float32))
         if not seen.any():
             raise GenMedError(f"{scan.path or 'scan'}: nothing was observed in the region; check --observed and --roi.")
@@ -164,6 +174,9 @@ class View:
         weight = apply_matrices(seen, to_y)
         y = apply_matrices(fine, to_y) / np.maximum(weight, 1e-6)
         spacing_y = [mm * m / n for mm, m, n in zip(space.model.spacing_mm, space.model.shape, shape, strict=True)]
+        axis = _slice_axis(coarse_axes, spacing_y)
+        if slice_thickness_mm is None and axis is not None and space.axes[axis] == 2:  # DICOM stacks along the third
+            slice_thickness_mm = scan.slice_thickness_mm
         matrices = [
             slice_profile(m, n, slice_thickness_mm if mm == max(spacing_y) else None, mm)
             for m, n, mm in zip(space.model.shape, shape, spacing_y, strict=True)
@@ -172,8 +185,38 @@ class View:
         return cls(
             space, intensity, torch.from_numpy(y).float()[None] * visible, visible,
             tuple(torch.from_numpy(m).float() for m in matrices),  # type: ignore[arg-type]
-            tuple(coarse_axes), slice_thickness_mm, _room(plan, space),  # type: ignore[arg-type]
+            tuple(coarse_axes), slice_thickness_mm, _room(plan, space), extent_share=extent_share,  # type: ignore[arg-type]
         )  # fmt: skip
+
+
+def seen_slices(scan: Volume) -> tuple[Volume | None, tuple[str, ...]]:
+    """Mask that hides slices without content, as exports put them where slices are missing, and a note that says so.
+
+    Such slices lie along one axis and hold one value each, at least `FEWEST_EMPTY` of them between slices that hold
+    more. A value that fills most of those, too, is the scan's own background: nothing is hidden then (None).
+    """
+    found = []
+    for axis in range(3):
+        others = tuple({1, 2, 3} - {axis + 1})
+        lowest = scan.data.min(axis=others)
+        empty = (lowest == scan.data.max(axis=others)).all(axis=0)
+        full = np.flatnonzero(~empty)
+        between = np.flatnonzero(empty & (np.arange(len(empty)) < full.max(initial=0)))
+        between = between[between > full.min(initial=len(empty))]
+        if len(between) >= FEWEST_EMPTY:
+            value = lowest[:, between[0]].reshape(-1, 1, 1, 1)
+            if (scan.data.take(full, axis=axis + 1) == value).all(axis=0).mean() < NATURAL:
+                found.append((axis, empty))
+    if len(found) != 1:
+        return None, ()
+    ((axis, empty),) = found
+    mask = np.zeros(scan.grid.shape, dtype=np.uint8)
+    mask.swapaxes(0, axis)[~empty] = 1
+    note = (
+        f"{scan.path or 'scan'}: {empty.sum()} of {len(empty)} slices along array axis {axis} hold a single value and "
+        "were taken as unseen; give --observed to decide otherwise"
+    )
+    return scan.like(mask), (note,)
 
 
 def _observed_only(scan: Volume, observed: Volume | None) -> tuple[np.ndarray, np.ndarray]:
@@ -203,14 +246,19 @@ def _check_thickness(scan: Volume, slice_thickness_mm: float | None) -> None:
         )
 
 
-def _check_extent(plan: Plan, space: Space, scan: Volume) -> None:
+def _checked_extent(plan: Plan, space: Space, scan: Volume) -> float:
+    """Least share of the training's field of view that an axis covers; an error where no axis can be believed."""
     size = [n * s for n, s in zip(space.model.shape, space.model.spacing_mm, strict=True)]
-    if any(mm > LARGEST_EXTENT * seen for mm, seen in zip(size, plan.extent_mm, strict=True)):
-        covered, trained = (" × ".join(f"{mm:.0f}" for mm in box) for box in (size, plan.extent_mm))
-        raise GenMedError(
-            f"{scan.path or 'scan'}: covers {covered} mm, but model '{plan.name}' was trained on crops of at most "
-            f"{trained} mm; give --roi with a box of that size around the structure."
-        )
+    shares = [mm / seen for mm, seen in zip(size, plan.extent_mm, strict=True)]
+    if max(shares) <= LARGEST_EXTENT and max(shares) >= SMALLEST_EXTENT:
+        return min(shares)
+    covered, trained = (" × ".join(f"{round(mm, 1):g}" for mm in box) for box in (size, plan.extent_mm))
+    spacing = " × ".join(f"{mm:.3g}" for mm in scan.spacing_mm)
+    advice = "give --roi with a box of that size around the structure" if max(shares) > 1 else "give more of the scan"
+    raise GenMedError(
+        f"{scan.path or 'scan'}: covers {covered} mm, but model '{plan.name}' was trained on crops of at most "
+        f"{trained} mm; {advice}, or repair the header if its voxels of {spacing} mm are wrong."
+    )
 
 
 def _piecewise(
@@ -227,6 +275,12 @@ def _room(plan: Plan, space: Space) -> tuple[int, int, int]:
     """Working voxels that a training patch has more than the scan; none along thick slices, whose number varies."""
     x, y, z = (max(0, patch - n) for patch, n in zip(plan.patch, space.model.shape, strict=True))
     return x, y, 0 if plan.thick_slices else z
+
+
+def _slice_axis(coarse_axes: Sequence[bool], spacing_mm: Sequence[float]) -> int | None:
+    *_, second, first = sorted(range(3), key=lambda axis: (coarse_axes[axis], spacing_mm[axis]))
+    alone = not coarse_axes[second] or spacing_mm[first] >= SLICE_RATIO * spacing_mm[second]
+    return first if coarse_axes[first] and alone else None
 
 
 def slice_profile(n_model: int, n_y: int, thickness_mm: float | None, spacing_mm: float) -> np.ndarray:

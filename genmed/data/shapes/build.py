@@ -2,12 +2,14 @@
 
 The list of items is fixed before anything is read. Each finished item is a small file in OUT/.work, so a run that is
 killed loses at most the items in progress, and the same command goes on. Items run in processes, since compiled mesh
-code may end one; an item that does so twice is left out like any other bad one.
+code may end one or never come back; an item that ends its process twice, or takes too long, is left out like any other
+bad one.
 """
 
 from __future__ import annotations
 
 import csv
+import faulthandler
 import hashlib
 import json
 import logging
@@ -42,6 +44,7 @@ from genmed.shape import SIZES
 REQUEST, WORK = "build.json", ".work"
 BATCH = 8           # items of one file that a process takes at a time
 POOLS = 3           # in a row that may break before any of their items begins
+DEADLINE_S = 300    # of one item: hundreds of times what most of them take
 CRASHED = "reading it ends the process: too large, or broken in a way that the mesh library does not survive"
 
 
@@ -63,22 +66,34 @@ class Task:
     record: Path
     size: int
     unit: str
+    deadline_s: float = DEADLINE_S
 
     @property
     def mark(self) -> Path:
-        """There while the item is in progress."""
+        """There while the item is in progress; where it was when its time was up, if it took too long."""
         return self.record.with_suffix(".started")
 
+    @property
+    def is_late(self) -> bool:
+        """Whether the item took too long and its process was ended."""
+        return self.mark.is_file() and self.mark.stat().st_size > 0
+
     def run(self) -> None:
-        """Build the item and write its record."""
+        """Build the item and write its record. Ends the process if that takes too long, even within compiled code."""
         self.mark.parent.mkdir(parents=True, exist_ok=True)
-        self.mark.touch()
-        write_record(self.record, build(self.item, self.size, self.unit))
+        with self.mark.open("w") as mark:
+            faulthandler.dump_traceback_later(self.deadline_s, exit=True, file=mark)
+            try:
+                built = build(self.item, self.size, self.unit)
+            finally:
+                faulthandler.cancel_dump_traceback_later()
+        write_record(self.record, built)
         self.mark.unlink(missing_ok=True)
 
     def give_up(self) -> None:
-        """Record that the item ends its process."""
-        write_record(self.record, Built(reason=CRASHED))
+        """Record that the item ends its process, or why its process was ended."""
+        reason = f"took longer than {self.deadline_s:g} s" if self.is_late else CRASHED
+        write_record(self.record, Built(reason=reason))
         self.mark.unlink(missing_ok=True)
 
 
@@ -196,7 +211,10 @@ def _unfinished(batch: Sequence[Task]) -> list[Task]:
 
 
 def _with_processes(tasks: Sequence[Task], workers: int) -> Iterator[int]:
-    """Run all tasks; yields how many more are finished. A pool that breaks is replaced, and its suspects run alone."""
+    """Run all tasks; yields how many more are finished.
+
+    A pool that breaks is replaced. If an item took too long, that is why; else those in progress run alone.
+    """
     waiting = deque(_batches(tasks))
     fruitless = 0  # pools in a row that broke before any of their items began
     while waiting:
@@ -221,9 +239,13 @@ def _with_processes(tasks: Sequence[Task], workers: int) -> Iterator[int]:
                 raise GenMedError(
                     "worker processes end before they begin an item; free some memory, or choose fewer --workers."
                 ) from error
+            suspects = [task for batch in running.values() for task in _unfinished(batch) if task.mark.exists()]
+            late = [task for task in suspects if task.is_late]
+            for task in late:
+                task.give_up()
+            for task in [] if late else suspects:
+                _alone(task)
             for batch in running.values():
-                for suspect in [task for task in _unfinished(batch) if task.mark.exists()]:
-                    _alone(suspect)
                 left = _unfinished(batch)
                 waiting += [left] if left else []
                 yield len(batch) - len(left)
@@ -295,10 +317,11 @@ def _with_ray(tasks: Sequence[Task], workers: int) -> Iterator[int]:
                 try:
                     ray.get(reference)
                 except lost:
-                    for task in _unfinished(batch):
-                        if task.record in tried:
-                            task.give_up()
-                    tried |= {task.record for task in batch}  # each goes once more, by itself
+                    late = [task for task in _unfinished(batch) if task.is_late]
+                    for task in late or [task for task in _unfinished(batch) if task.record in tried]:
+                        task.give_up()
+                    if not late:
+                        tried |= {task.record for task in batch}  # each goes once more, by itself
                 left = _unfinished(batch)
                 waiting += [[task] for task in left]
                 yield len(batch) - len(left)

@@ -399,7 +399,7 @@ def _licence(folder: Path) -> str:
 
 
 def from_meshes(folder: Path) -> Listing:
-    """STL, PLY, OBJ and VTP files: CATEGORY/SUBJECT.stl in subfolders, or one category named like the folder."""
+    """STL, PLY, OBJ, VTP and GLB files: CATEGORY/SUBJECT.stl in subfolders, or one category named like the folder."""
     source, licence = folder.resolve().name, _licence(folder)
     items = []
     for path in _meshes(folder):
