@@ -135,7 +135,7 @@ def test_a_run_goes_on_where_it_was_killed(
         shape_fields.run(data.folder, tiny_shapes_model, tmp_path, **options)
     first = read_rows(tmp_path / "shapes.csv")
     assert len(first) == 2 and not (tmp_path / "table.md").exists()
-    monkeypatch.setattr(shape_fields, "draw_batch", None)  # the training is finished
+    monkeypatch.setattr(shape_fields, "draw_batch", lambda *_: 1 / 0)  # the training is finished
     text = shape_fields.run(data.folder, tiny_shapes_model, tmp_path, **options)
     rows = read_rows(tmp_path / "shapes.csv")
     assert calls == ["voxels", "codes"] * 3 and {p: rows[p] for p in first} == first and len(rows) == 4
