@@ -214,11 +214,9 @@ def cue_of_points(
         high[inside] = cKDTree(points_mm[~inside]).query(points_mm[inside])[0]
         high[~inside] = cKDTree(points_mm[inside]).query(points_mm[~inside])[0]
     high = np.maximum(high - step_mm / 2, 0)
-    chosen = _chosen(high, count, np.random.default_rng(seed))
     box_mm = np.stack([points_mm[inside].min(axis=0) - step_mm / 2, points_mm[inside].max(axis=0) + step_mm / 2])
-    high, signs = high[chosen], np.where(inside[chosen], -1.0, 1.0)
-    lower, upper = np.where(signs < 0, -high, 0.0), np.where(signs < 0, 0.0, high)
-    return Cue(points_mm[chosen], lower, upper, box_mm, step_mm, doubtful)
+    low = np.zeros_like(high)
+    return cue_of_distances(points_mm, inside, low, high, box_mm, step_mm, doubtful=doubtful, count=count, seed=seed)
 
 
 def cue_of_distances(
