@@ -697,6 +697,7 @@ def bench_shapes(
     minutes: Annotated[
         float | None, typer.Option(help="Training time of the conditioned peer; default: the model's.")
     ] = None,
+    tumours: Annotated[bool, typer.Option("--tumours", help="Complete only shapes with a tumour.")] = False,
 ) -> None:
     """Compare completion or generation of shapes with other methods, and print the table.
 
@@ -718,7 +719,7 @@ def bench_shapes(
         raise GenMedError("--runs: completion has peers; name the folder that they are kept in.")
     completion.run(
         shapes, model, runs, out, part=part, kinds=chosen[0], methods=chosen[1],
-        count=completion.COUNT if cases is None else cases, minutes=minutes,
+        count=completion.COUNT if cases is None else cases, minutes=minutes, tumours=tumours,
     )  # fmt: skip
 
 

@@ -96,6 +96,16 @@ def test_every_category_of_every_source_comes_before_any_comes_twice(data: Shape
     assert all(data.rows[i].part == "tune" for i in chosen_shapes(data, "tune", 9))
 
 
+def test_shapes_with_a_tumour_can_be_completed_alone(data: ShapeDataset) -> None:
+    kidneys = [i for i in data.part("report") if data.rows[i].category == "kidney"]
+    rows = tuple(replace(row, facts={"tumour": "yes"} if i in kidneys[:2] else {}) for i, row in enumerate(data.rows))
+    ill = replace(data, rows=rows)
+    assert sorted(chosen_shapes(ill, "report", 9, tumours=True)) == kidneys[:2]  # and no femurs
+    assert len(chosen_shapes(ill, "report", 1, tumours=True)) == 1
+    with pytest.raises(GenMedError, match="no shape with a tumour"):
+        chosen_shapes(ill, "tune", 9, tumours=True)
+
+
 def test_categories_come_in_turns_over_sources_and_not_by_the_alphabet(data: ShapeDataset) -> None:
     names = {"brain": [chr(97 + k) for k in range(15)], "heart": ["p", "q"], "atrium": ["z"]}
     kinds = [(source, category) for source, every in names.items() for category in every for _ in range(2)]

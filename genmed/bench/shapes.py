@@ -27,7 +27,7 @@ from genmed.bench.hippocampus import save_figure
 from genmed.bench.segmentation import signed_rank_p
 from genmed.bench.shape_solvers import METHODS, OURS, Lab, Solver, solvers
 from genmed.cue import Cue
-from genmed.data.shapes import ShapeDataset, read_shapes
+from genmed.data.shapes import ShapeDataset, ShapeRow, read_shapes
 from genmed.errors import GenMedError
 from genmed.files import write_bytes
 from genmed.guide import Diverged
@@ -106,6 +106,7 @@ def run(
     methods: Sequence[str] | None = None,
     count: int = COUNT,
     minutes: float | None = None,
+    tumours: bool = False,
 ) -> str:
     """Complete what is not finished, print the report and write it to `out`.
 
@@ -114,19 +115,20 @@ def run(
         kinds: rows, of `KINDS`; methods: columns, of `METHODS`; default all.
         count: shapes of the part. On the report part, a fifth as many of unseen structures come on top.
         minutes: of the conditioned peer's training, where that is missing; default: those of the model.
+        tumours: only shapes with a tumour.
 
     Returns:
         The report in Markdown. `out` gets table.md, shapes.csv and the picture table.svg and .png.
     """
     rows_wanted, columns = wanted(kinds, KINDS, "--kinds"), wanted(methods, METHODS, "--methods")
     data, out = read_shapes(shapes), Path(out)
-    chosen = chosen_shapes(data, part, count)
+    chosen = chosen_shapes(data, part, count, tumours)
     rows = read_rows(out / CASES)
     solving = solvers(Lab(data, load_shapes(model), Path(runs), minutes), columns)
     rows = evaluate(data, chosen, rows_wanted, solving, rows, out)
-    tumours = {row.id for row in data.rows if row.facts.get("tumour") == "yes"}
+    ill = {row.id for row in data.rows if with_tumour(row)}
     notes = {name: solver.note for name, solver in solving.items()}
-    text = report(rows, rows_wanted, columns, part, notes, tumours)
+    text = report(rows, rows_wanted, columns, part, notes, ill)
     write_bytes(out / TABLE, text.encode("utf-8"))
     draw_table(out, [row for row in rows.values() if row.part == part], rows_wanted, columns)
     print(text)
@@ -141,18 +143,27 @@ def wanted(names: Sequence[str] | None, known: Iterable[str], option: str) -> li
     return [name for name in known if names is None or name in names]
 
 
-def chosen_shapes(data: ShapeDataset, part: str, count: int) -> list[int]:
+def with_tumour(row: ShapeRow) -> bool:
+    """Whether a shape's facts say that it has a tumour."""
+    return row.facts.get("tumour") == "yes"
+
+
+def chosen_shapes(data: ShapeDataset, part: str, count: int, tumours: bool = False) -> list[int]:
     """Numbers of the shapes of a part, and on the report part a fifth as many of the part unseen.
 
-    A fixed list for an index (`genmed.bench.cases.stratified`).
+    A fixed list for an index (`genmed.bench.cases.stratified`). `tumours`: only shapes with a tumour.
     """
     if part not in ("tune", "report"):
         raise GenMedError(f"--part {part}: no part to evaluate on; choose tune or report.")
     if count < 1:
         raise GenMedError(f"--cases {count}: nothing to evaluate; give 1 or more.")
-    chosen = stratified(data, part, count)
+    chosen = stratified(data, part, len(data.rows) if tumours else count)
+    if tumours:
+        chosen = [i for i in chosen if with_tumour(data.rows[i])][:count]
     if not chosen:
-        raise GenMedError(f"{data.folder}: part '{part}' holds no shape; choose another.")
+        raise GenMedError(f"{data.folder}: part '{part}' holds no shape{' with a tumour' * tumours}; choose another.")
+    if tumours:
+        return chosen
     return chosen + (stratified(data, "unseen", -(-count // UNSEEN)) if part == "report" else [])
 
 
