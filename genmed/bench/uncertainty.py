@@ -127,7 +127,7 @@ class BinRow(NamedTuple):
     bin: int
     confidence: float
     accuracy: float
-    count: int
+    count: int  # type: ignore[assignment]  # hides that of tuples
 
 
 def run(
@@ -221,11 +221,10 @@ def write_findings(out: Path, findings: Findings) -> None:
                 share = float(r.confidence[k]), float(r.accuracy[k])
                 bins.append(BinRow(f.input, f.case, region, structure, int(k), *share, int(r.count[k])))
         for structure, true_ml in f.true_ml.items():
-            errors = [ece(f.claims[region, structure]) for region in REGIONS]
-            warnings = f.surprise_plain, f.surprise, f.residual, int(f.doubtful)
+            near, everywhere = (ece(f.claims[region, structure]) for region in REGIONS)
             cases.append(CaseRow(
-                f.input, f.case, structure, true_ml, *f.volume_ml[structure], *errors, *warnings,
-                f.mode, f.match, f.seconds,
+                f.input, f.case, structure, true_ml, *f.volume_ml[structure], near, everywhere,
+                f.surprise_plain, f.surprise, f.residual, int(f.doubtful), f.mode, f.match, f.seconds,
             ))  # fmt: skip
     write_rows(out / BINNED, BinRow, bins)
     write_rows(out / CASES, CaseRow, cases)
