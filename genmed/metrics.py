@@ -11,6 +11,7 @@ import numpy as np
 
 from genmed.errors import GenMedError
 from genmed.files import write_bytes
+from genmed.progress import track
 from genmed.volume import Volume, read_labels, require_same_grid
 
 SSIM_SIGMA = 1.5  # voxels; with the next two, the constants of Wang et al. 2004
@@ -117,7 +118,7 @@ def evaluate(
     pairs = _pairs(Path(predictions_dir), Path(truth_dir), cases)
     labels = dict(labels) if labels is not None else _occurring_labels(pairs)
     scores: list[Score] = []
-    for id, prediction, truth in _track(pairs, "Evaluating"):
+    for id, prediction, truth in track(pairs, "Evaluating"):
         scores += _case_scores(id, read_labels(prediction), read_labels(truth), labels, tolerance_mm)
     if out_csv is not None:
         _write_csv(Path(out_csv), scores)
@@ -231,18 +232,11 @@ def _occurring_labels(pairs: list[tuple[str, Path, Path]]) -> dict[int, str]:
     """Values but 0 in any file, named as the file headers name them."""
     names: dict[int, str] = {}
     values: set[int] = set()
-    for _, *paths in _track(pairs, "Listing labels"):
+    for _, *paths in track(pairs, "Listing labels"):
         for volume in map(read_labels, paths):
             values.update(int(value) for value in np.unique(volume.data))
             names.update(volume.label_names)
     return {value: names.get(value, str(value)) for value in sorted(values - {0})}
-
-
-def _track(pairs: list[tuple[str, Path, Path]], description: str) -> Iterable[tuple[str, Path, Path]]:
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(pairs, description=description, console=Console(stderr=True), transient=True)
 
 
 def _write_csv(path: Path, scores: list[Score]) -> None:

@@ -23,7 +23,7 @@ from genmed.bench.shape_fields import (
     trained,
 )
 from genmed.bench.shape_solvers import Solver, mean_dice
-from genmed.bench.shapes import Row, read_rows
+from genmed.bench.shapes import Row, finished
 from genmed.data.shapes import ShapeDataset, read_shapes
 from genmed.denoiser import Denoiser
 from genmed.nets.unet import UNet
@@ -133,11 +133,11 @@ def test_a_run_goes_on_where_it_was_killed(
     monkeypatch.setattr(shape_fields, "complete", counted("codes", shape_fields.complete))
     with pytest.raises(KeyboardInterrupt):
         shape_fields.run(data.folder, tiny_shapes_model, tmp_path, **options)
-    first = read_rows(tmp_path / "shapes.csv")
+    first = finished(tmp_path)
     assert len(first) == 2 and not (tmp_path / "table.md").exists()
     monkeypatch.setattr(shape_fields, "draw_batch", lambda *_: 1 / 0)  # the training is finished
     text = shape_fields.run(data.folder, tiny_shapes_model, tmp_path, **options)
-    rows = read_rows(tmp_path / "shapes.csv")
+    rows = finished(tmp_path)
     assert calls == ["voxels", "codes"] * 3 and {p: rows[p] for p in first} == first and len(rows) == 4
     assert {row.category for row in rows.values()} == {"kidney"} and (tmp_path / "table.md").read_text() == text
     assert "16³; 60 minutes, 2 steps on 10 shapes of the category" in text

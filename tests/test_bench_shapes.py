@@ -26,6 +26,7 @@ from genmed.bench.generation import (
     retrieval,
     training_clouds,
 )
+from genmed.bench.kept import read_rows
 from genmed.bench.shape_peers import statistical
 from genmed.bench.shape_solvers import METHODS, PCA_CHOICES, Lab, Solver, chosen_pca, solvers
 from genmed.bench.shapes import (
@@ -33,13 +34,12 @@ from genmed.bench.shapes import (
     Row,
     chosen_shapes,
     evaluate,
+    finished,
     macro_mean,
     on_cube,
-    read_rows,
     run,
     score,
     truth_of,
-    write_rows,
 )
 from genmed.cli import app
 from genmed.data.shapes import ShapeDataset, ShapeRow, read_shapes
@@ -259,15 +259,6 @@ def test_weights_of_a_bootstrap_are_those_of_repeated_values() -> None:
     )
 
 
-def test_rows_come_back_to_the_last_digit(tmp_path: Path) -> None:
-    rows = [row._replace(dice=1 / 3, shape='a, "b"') for row in rows_of({"a": [0.1]})]
-    write_rows(tmp_path / "shapes.csv", rows)
-    assert list(read_rows(tmp_path / "shapes.csv").values()) == rows
-    (tmp_path / "shapes.csv").write_text("something,else\n1,2\n")
-    with pytest.raises(GenMedError, match="no table of this benchmark"):
-        read_rows(tmp_path / "shapes.csv")
-
-
 def test_the_best_peer_is_told_apart_from_the_others() -> None:
     rows = rows_of({"a": [0.8, 0.9]}) + rows_of({"a": [0.7, 0.8]}, "pca") + rows_of({"a": [0.3, 0.2]}, "nearest")
     table = shapes.difference_table(rows, ["one plane"], ["genmed", "pca", "nearest"])
@@ -301,10 +292,10 @@ def test_a_run_goes_on_where_it_was_killed(
     monkeypatch.setattr(shape_solvers, "SAMPLES", 1)
     with pytest.raises(KeyboardInterrupt):
         run(folder, model, tmp_path / "runs", tmp_path / "out", **options)
-    first = list(read_rows(tmp_path / "out" / "shapes.csv").values())
+    first = read_rows(tmp_path / "out" / "shapes.csv", Row)
     assert len(first) == 3 and not (tmp_path / "out" / "table.md").exists()
     text = run(folder, model, tmp_path / "runs", tmp_path / "out", **options)
-    again = read_rows(tmp_path / "out" / "shapes.csv")
+    again = finished(tmp_path / "out")
     assert len(calls) == 2 + 18 and len(again) == 18  # two shapes and an unseen one
     assert [again[row.place] for row in first] == first
     for words in ("# Completion of shapes, report part", "## made: mean", "## other: mean", "Unseen structure: femur"):
@@ -319,7 +310,7 @@ def test_a_method_that_diverges_is_scored_and_the_others_go_on(data: ShapeDatase
 
     solving = {"genmed": Solver("a", diverging), "nearest": Solver("b", lambda cue, row: [data.shape(0)])}
     rows = evaluate(data, data.part("report")[:2], ["one plane"], solving, {}, tmp_path)
-    assert rows == read_rows(tmp_path / "shapes.csv") and len(rows) == 4
+    assert rows == finished(tmp_path) and len(rows) == 4
     lost = [row for row in rows.values() if row.failed]
     assert {row.method for row in lost} == {"genmed"} and len(lost) == 2
     assert (lost[0].dice, lost[0].cd, lost[0].uhd, lost[0].nsd) == FAILED == (0.0, 600.0, 100 * 3**0.5, 0.0)
@@ -336,7 +327,7 @@ def test_what_is_known_of_the_truth_is_made_once_for_a_shape(
     written: list[int] = []
     write = shapes.write_rows
     monkeypatch.setattr(shapes, "truth_of", lambda shape: truths.append(shape) or truth_of(shape))
-    monkeypatch.setattr(shapes, "write_rows", lambda path, rows: written.append(len(rows)) or write(path, rows))
+    monkeypatch.setattr(shapes, "write_rows", lambda *given: written.append(len(given[2])) or write(*given))
     solving = {name: Solver(name, lambda cue, row: [data.shape(0)]) for name in ("genmed", "nearest", "interpolation")}
     rows = evaluate(data, data.part("report")[:2], ["one plane", "redundant"], solving, {}, tmp_path)
     assert len(truths) == 2 and written == [3, 6, 9, 12]
@@ -454,7 +445,7 @@ def test_volumes_rank_with_what_captions_state(data: ShapeDataset) -> None:
 def test_the_generation_table_tells_copies(folder: Path, model: Path, tmp_path: Path) -> None:
     options = {"count": 4, "methods": ["genmed-held-out", "replay", "reference"]}
     text = generation.run(folder, model, tmp_path, **options)
-    rows = {row.method: row for row in generation.read_rows(tmp_path / "generation.csv")}
+    rows = {row.method: row for row in read_rows(tmp_path / "generation.csv", generation.Row)}
     itself, copies = rows["reference"], rows["replay"]
     assert itself.cov == 100 and itself.one_nna == 0 and itself.mmd < rows["genmed-held-out"].mmd
     assert copies.nearest < itself.nearest and np.isnan(copies.rank)

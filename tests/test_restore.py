@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 import genmed
 from genmed import hub
 from genmed.bench import restore as bench
+from genmed.bench.kept import read_rows
 from genmed.bench.restore import fidelity, interpolated, matched, on_scale, total_variation
 from genmed.cli import app
 from genmed.degrade import coarser, gamma, gaussian_noise, inverted, keep_slices
@@ -587,6 +588,15 @@ def test_histogram_matching_undoes_rising_maps_and_no_others() -> None:
     np.testing.assert_allclose(on_scale(falling.scan.data, scan.data), scan.data, atol=1e-3)
 
 
+def write_two_cases(folder: Path) -> tuple[Path, np.ndarray]:
+    """A data set of two persons in the part tune, whose split lies beside it, and the image (1, x, y, z) of both."""
+    image = picture((24, 16, 16)).data
+    ids = ["hippocampus_001", "hippocampus_003"]
+    tiny.write_msd(folder, "Hippocampus", PLAN.labels, {id: (image, np.zeros_like(image)) for id in ids})
+    (folder / "split.json").write_text(json.dumps({"dataset": "Hippocampus", "train": [], "tune": ids, "report": []}))
+    return folder, image
+
+
 def test_bench_has_every_row_of_every_table_beside_its_peers(
     model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -602,12 +612,10 @@ def test_bench_has_every_row_of_every_table_beside_its_peers(
 
     monkeypatch.setattr(bench, "restore", nearly("restore"))
     monkeypatch.setattr(bench, "translate", nearly("translate"))
-    image = picture((24, 16, 16)).data
-    ids = ["hippocampus_001", "hippocampus_003"]
-    folder = tiny.write_msd(tmp_path, "Hippocampus", PLAN.labels, {id: (image, np.zeros_like(image)) for id in ids})
-    (folder / "split.json").write_text(json.dumps({"dataset": "Hippocampus", "train": [], "tune": ids, "report": []}))
-    bench.run(model, folder, "tune", None, 1, split=folder / "split.json")
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    folder, image = write_two_cases(tmp_path)
+    text = bench.run(model, folder, tmp_path / "out", samples=1, split=folder / "split.json")
+    assert text == (tmp_path / "out" / "table.md").read_text() and text in capsys.readouterr().out
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
     rows = {line.split(" | ")[0][2:]: line.strip("| ").split(" | ") for line in lines}
     assert list(rows) == [
         "input", "4 mm voxels", "8 mm voxels", "8 slices", "4 slices", "Gaussian noise 0.5", "inverted", "tent"
@@ -624,7 +632,39 @@ def test_bench_has_every_row_of_every_table_beside_its_peers(
 def test_bad_input_of_the_bench_is_one_line_and_exit_code_2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["restore", "--data", str(tmp_path / "none")])
+    monkeypatch.setattr("sys.argv", ["restore", "--data", str(tmp_path / "none"), "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as stop:
         bench.main()
     assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_bench_loses_no_finished_case_and_redoes_those_of_other_settings(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    def scores(model: Model, scan: Volume, worse: Any, table: bench.Table, samples: int) -> Any:
+        calls.append(table.title)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return {name: bench.Fidelity(20 + len(calls), 1 / 3) for name in (*table.peers, bench.OURS)}, 2.0
+
+    monkeypatch.setattr(bench, "scores", scores)
+    folder, _ = write_two_cases(tmp_path)
+    out, split = tmp_path / "out", folder / "split.json"
+    with pytest.raises(KeyboardInterrupt):
+        bench.run(model, folder, out, samples=1, split=split)
+    first = read_rows(out / "restored.csv", bench.Row)
+    methods = "linear", "cubic", "GenMed"
+    assert [row[:3] for row in first] == [("4 mm voxels", "hippocampus_001", method) for method in methods]
+    assert not (out / "table.md").exists()
+    text = bench.run(model, folder, out, samples=1, split=split)
+    rows = read_rows(out / "restored.csv", bench.Row)
+    assert [row[:6] for row in rows[:3]] == [row[:6] for row in first] and rows[0].psnr == 21 and rows[3].psnr == 23
+    assert len(calls) == 1 + 1 + 13  # of seven inputs and two cases
+    assert bench.run(model, folder, out, samples=1, split=split) == text and len(calls) == 15
+    bench.run(model, folder, out, samples=1, cases=1, split=split)
+    assert len(calls) == 15 and len(read_rows(out / "restored.csv", bench.Row)) == len(rows)
+    bench.run(model, folder, out, samples=2, split=split)
+    assert len(calls) == 15 + 14 and len(read_rows(out / "restored.csv", bench.Row)) == len(rows)

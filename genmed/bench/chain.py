@@ -11,12 +11,8 @@ is finished, and a run that starts again goes on after the last one.
 from __future__ import annotations
 
 import argparse
-import csv
-import hashlib
-import io
-import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +22,7 @@ import numpy as np
 from genmed import hub
 from genmed.bench.cases import cases_of_part, spread
 from genmed.bench.hippocampus import mean_interval
+from genmed.bench.kept import key_of, read_rows, write_rows
 from genmed.bench.tables import HIPPOCAMPUS_DEGRADED, SPLITS, Input, change
 from genmed.data.dataset import Dataset, read_dataset
 from genmed.data.shapes import ShapeDataset, read_shapes
@@ -36,6 +33,7 @@ from genmed.degrade import coarser, keep_slices
 from genmed.errors import GenMedError
 from genmed.files import write_bytes
 from genmed.metrics import dice
+from genmed.progress import track
 from genmed.shape_model import ShapeModel, load_shapes
 from genmed.space import on_grid
 from genmed.tasks.chain import TRUST, complete_all, completed, structures_of
@@ -85,7 +83,7 @@ class Arena:
         """What decides the scores of a case besides its voxels."""
         weights = [self.completer.sha256, self.segmenter.sha256 if self.segmenter else ""]
         settings = [str(entry) for entry in row.changes]
-        return hashlib.sha256(json.dumps([weights, settings, TRUST]).encode()).hexdigest()[:16]
+        return key_of(weights, settings, TRUST)
 
     def scores(self, row: Input, case: str) -> dict[str, float]:
         """Dice by method."""
@@ -160,40 +158,16 @@ def _filled(made: Arena, data: Path) -> Arena:
 def evaluate(made: Arena, out: Path) -> list[Row]:
     """Rows of all cases; those that are there for the same weights and settings are kept."""
     wanted = {(row.name, case): (row, made.key(row)) for row in INPUTS[made.name] for case in made.cases}
-    rows = [row for row in _read(out / CASES) if (row.input, row.case) in wanted]
+    rows = [row for row in read_rows(out / CASES, Row) if (row.input, row.case) in wanted]
     rows = [row for row in rows if row.key == wanted[row.input, row.case][1]]
     finished = {(row.input, row.case) for row in rows}
-    for (name, case), (row, key) in _track(wanted.items(), finished):
+    left = [place for place in wanted if place not in finished]
+    for name, case in track(left, "Chaining"):
+        row, key = wanted[name, case]
         scores = made.scores(row, case)
         rows += [Row(name, case, made.cases[case], method, key, value) for method, value in scores.items()]
-        _write(out / CASES, rows)
+        write_rows(out / CASES, Row, rows)
     return rows
-
-
-def _track(
-    wanted: Iterable[tuple[tuple[str, str], tuple[Input, str]]], finished: set[tuple[str, str]]
-) -> Iterator[tuple[tuple[str, str], tuple[Input, str]]]:
-    from rich.console import Console
-    from rich.progress import track
-
-    left = [entry for entry in wanted if entry[0] not in finished]
-    yield from track(left, description="Chaining", console=Console(stderr=True), transient=True)
-
-
-def _read(path: Path) -> list[Row]:
-    if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8") as stream:
-        reader = csv.DictReader(stream)
-        if tuple(reader.fieldnames or ()) != Row._fields:
-            raise GenMedError(f"{path}: is no table of this benchmark; use another --out.")
-        return [Row(r["input"], r["case"], r["person"], r["method"], r["key"], float(r["dice"])) for r in reader]
-
-
-def _write(path: Path, rows: Sequence[Row]) -> None:
-    stream = io.StringIO(newline="")
-    csv.writer(stream, lineterminator="\n").writerows([Row._fields, *rows])
-    write_bytes(path, stream.getvalue().encode("utf-8"))
 
 
 def report(name: str, rows: Sequence[Row], completer: str) -> str:

@@ -1,19 +1,19 @@
-"""Quality of robust results against their cost: network evaluations, samples and sampler.
+"""Quality of robust results against their cost: network evaluations, samples, sampler and guide.
 
     python -m genmed.bench.efficiency --model DIR --data DIR --part tune --cases 8 --out DIR
 
-Each row is one schedule of `genmed.tasks.segment.guided_pair`; the defaults there were chosen from this table.
+Each row is one schedule of `genmed.tasks.segment.guided_pair`; the defaults there were chosen from this table. A
+row of OUT/efficiency.csv is written as soon as its case is finished, and a run that starts again goes on after it.
 With --defaults the same inputs are segmented as users do it, without any flag but the mask of the slices that were
 observed, and what is told is how long that takes, and the peak memory:
 
     python -m genmed.bench.efficiency --defaults --data DIR --cases 8
 """
 
-import csv
 import resource
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,50 +21,72 @@ import numpy as np
 import torch
 
 from genmed.bench.cases import HIPPOCAMPUS, cases_of_part, hippocampus_options, one_line_errors
+from genmed.bench.hippocampus import save_figure
+from genmed.bench.kept import key_of, read_rows, write_rows
+from genmed.bench.tables import HIPPOCAMPUS_INPUTS
 from genmed.data.dataset import read_dataset
 from genmed.data.split import person
-from genmed.degrade import Degraded, coarser, inverted, keep_slices, tent
+from genmed.degrade import Degraded
+from genmed.errors import GenMedError
 from genmed.files import write_bytes
 from genmed.hub import Model, load
 from genmed.metrics import bootstrap_interval, dice
+from genmed.progress import track
 from genmed.samplers import schedule
 from genmed.space import on_grid
-from genmed.tasks.segment import MATCHES, attempts_at, evaluations, guided_pair, segment
+from genmed.tasks.segment import MATCHES, Sampling, guided_pair, segment
 from genmed.tasks.view import View
 from genmed.volume import Volume, read, read_labels
 
+MODE, ROWS = "restore-then-condition", "efficiency.csv"
+
 
 class Schedule(NamedTuple):
-    """Levels of noise, repeats of the middle ones, and samples that are averaged."""
+    """How samples are drawn, how many are averaged, and the mode of `segment`; as text its name."""
 
-    steps: int
-    travels: int
-    samples: int
+    how: Sampling
+    samples: int = 1
+    mode: str = MODE
+
+    @property
+    def otherwise(self) -> str:
+        """What besides levels, travels and samples is not as usual."""
+        usual = Sampling(self.how.steps, self.how.travels)
+        changed = {name: value for name, value in self.how._asdict().items() if value != getattr(usual, name)}
+        return ", ".join([f"{name} {value}" for name, value in changed.items()] + [self.mode] * (self.mode != MODE))
+
+    def __str__(self) -> str:
+        numbers = f"levels {self.how.steps}, travels {self.how.travels}, samples {self.samples}"
+        return f"{numbers}, {self.otherwise}" if self.otherwise else numbers
 
 
 SCHEDULES = (
-    Schedule(1, 0, 1), Schedule(2, 0, 1), Schedule(4, 0, 1), Schedule(8, 0, 1), Schedule(16, 0, 1), Schedule(32, 0, 1),
-    Schedule(64, 0, 1), Schedule(4, 2, 1), Schedule(8, 2, 1), Schedule(16, 3, 1),
-    Schedule(2, 0, 4), Schedule(4, 0, 4), Schedule(8, 0, 4), Schedule(4, 1, 4), Schedule(8, 2, 4),
-    Schedule(2, 0, 16), Schedule(4, 0, 16),
+    *(Schedule(Sampling(steps)) for steps in (1, 2, 4, 8, 16, 32, 64)),
+    *(Schedule(Sampling(steps, travels)) for steps, travels in ((4, 2), (8, 2), (16, 3))),
+    *(Schedule(Sampling(steps), 4) for steps in (2, 4, 8)),
+    *(Schedule(Sampling(steps, travels), 4) for steps, travels in ((4, 1), (8, 2))),
+    *(Schedule(Sampling(steps), 16) for steps in (2, 4)),
+    *(Schedule(Sampling(8, sampler=sampler)) for sampler in ("euler", "heun")),
+    Schedule(Sampling(8, relax=1.0)), Schedule(Sampling(8, method="variance")), Schedule(Sampling(8, last_step=False)),
+    *(Schedule(Sampling(8), mode=mode) for mode in ("joint", "joint-base")),
 )  # fmt: skip
-INPUTS: dict[str, tuple[Callable[[Volume], Degraded], str]] = {
-    "8 mm voxels": (lambda scan: coarser(scan, 8), "affine"),
-    "4 slices": (lambda scan: keep_slices(scan, 4, axis=1), "none"),
-    "inverted contrast": (inverted, "affine"),
-    "tent contrast": (tent, "curve"),
-}
+INPUTS = {"8 mm voxels": "affine", "4 slices": "none", "inverted": "affine", "tent": "curve"}  # and their match
 
 
 class Row(NamedTuple):
-    """One case of one schedule."""
+    """One case of one schedule. `key` names weights and settings, `evaluations` counts those of one sample."""
 
     input: str
-    schedule: Schedule
-    evaluations: int
+    schedule: str
     case: str
+    key: str
+    evaluations: int
     dice: float
     seconds: float
+
+    @property
+    def place(self) -> tuple[str, str, str]:
+        return self.input, self.schedule, self.case
 
 
 class Wait(NamedTuple):
@@ -79,9 +101,9 @@ class Wait(NamedTuple):
 def wait(model: Model, data: Path, part: str, cases: int | None, split: Path = HIPPOCAMPUS) -> list[Wait]:
     """All inputs by `segment` with its defaults, result on the scan's own grid; reading and writing left out."""
     dataset, waits = read_dataset(data), []
-    for name, (degrade, _) in INPUTS.items():
+    for name in INPUTS:
         for id in cases_of_part(dataset, split, part, cases):
-            worse = degrade(read(dataset.case(id).images))
+            worse = HIPPOCAMPUS_INPUTS[name].degrade(read(dataset.case(id).images), id)
             started = time.process_time()
             found = segment(model, worse.scan, **worse.options)
             cpu_seconds = time.process_time() - started
@@ -104,104 +126,102 @@ def wait_table(waits: Sequence[Wait]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def measure(model: Model, data: Path, part: str, cases: int | None) -> list[Row]:
-    """All schedules on all inputs, restore-then-condition; Dice on the working grid."""
+def measure(
+    model: Model, data: Path, out: Path, part: str, cases: int | None, split: Path = HIPPOCAMPUS
+) -> list[Row]:
+    """All schedules on all inputs; Dice on the working grid. Rows that are there for the same weights are kept."""
     dataset = read_dataset(data)
-    chosen = cases_of_part(dataset, HIPPOCAMPUS, part, cases)
-    rows = []
-    for name, (degrade, match) in INPUTS.items():
-        for of in SCHEDULES:
-            for id in chosen:
-                case = dataset.case(id)
-                assert case.label is not None
-                worse, truth = degrade(read(case.images)), read_labels(case.label)
-                rows.append(_row(model, name, match, of, id, worse, truth))
-            last = rows[-len(chosen) :]
-            print(f"{name}: {of}, Dice {np.mean([row.dice for row in last]):.3f}", flush=True)
-    return rows
+    chosen = cases_of_part(dataset, split, part, cases)
+    wanted = {(name, str(of), id): of for name in INPUTS for of in SCHEDULES for id in chosen}
+    keys = {place: key_of(model.sha256, _changes(place[0]), INPUTS[place[0]], of) for place, of in wanted.items()}
+    before = read_rows(out / ROWS, Row)
+    rows = {row.place: row for row in before if keys.get(row.place, row.key) == row.key}
+    for place in track([place for place in wanted if place not in rows], "Sampling"):
+        name, _, id = place
+        case = dataset.case(id)
+        if case.label is None:
+            raise GenMedError(f"case '{id}': has no label map to compare with; choose a labelled part.")
+        worse = HIPPOCAMPUS_INPUTS[name].degrade(read(case.images), id)
+        calls, score, seconds = examine(model, worse, read_labels(case.label), INPUTS[name], wanted[place])
+        rows[place] = Row(*place, keys[place], calls, score, seconds)
+        write_rows(out / ROWS, Row, rows.values())
+    return [rows[place] for place in wanted]
 
 
-def _row(model: Model, name: str, match: str, of: Schedule, id: str, worse: Degraded, truth: Volume) -> Row:
+def _changes(name: str) -> list[str]:
+    return [str(change) for change in HIPPOCAMPUS_INPUTS[name].changes]
+
+
+def examine(model: Model, worse: Degraded, truth: Volume, match: str, of: Schedule) -> tuple[int, float, float]:
+    """Network evaluations of a sample, Dice (mean over structures; 0 where sampling diverged) and seconds of a scan."""
     plan = model.plan
     view = View.of(plan, worse.scan, worse.observed, worse.slice_thickness_mm)
-    mode = attempts_at(view, "restore-then-condition", match)[0][0]
     true = np.searchsorted(plan.label_values, on_grid(truth, view.space.model, order=0)[0])
     started = time.monotonic()
-    with torch.no_grad():
-        seeds = list(range(of.samples))
-        soft = guided_pair(model, view, mode, MATCHES[match], seeds, steps=of.steps, travels=of.travels)[0]
+    try:
+        with torch.no_grad():
+            soft = guided_pair(model, view, of.mode, MATCHES[match], list(range(of.samples)), of.how)[0]
+        found = soft.mean(dim=0).argmax(dim=0).numpy()
+    except GenMedError:
+        found = np.zeros_like(true)
     seconds = time.monotonic() - started
-    found = soft.mean(dim=0).argmax(dim=0).numpy()
     score = np.mean([dice(found == c, true == c) for c in range(1, len(plan.labels))])
-    calls = evaluations(schedule(plan.sigma_max, plan.sigma_min, of.steps), of.travels)
-    return Row(name, of, calls, id, float(score), seconds)
+    return of.how.evaluations(schedule(plan.sigma_max, plan.sigma_min, of.how.steps)), float(score), seconds
 
 
-def table(rows: Sequence[Row], people: dict[str, str]) -> str:
+def table(rows: Sequence[Row], people: Mapping[str, str]) -> str:
     """Markdown: one line per schedule, one column per input."""
     names = list(dict.fromkeys(row.input for row in rows))
-    lines = [f"| levels | travels | samples | evaluations | {' | '.join(names)} | s per case |"]
-    lines.append("|---" * (len(names) + 5) + "|")
-    for of in dict.fromkeys(row.schedule for row in rows):
-        mine = [row for row in rows if row.schedule == of]
+    lines = [f"| levels | travels | samples | otherwise | evaluations | {' | '.join(names)} | s per case |"]
+    lines.append("|---" * (len(names) + 6) + "|")
+    for of in SCHEDULES:
+        mine = [row for row in rows if row.schedule == str(of)]
         cells = []
         for name in names:
             scores = [row.dice for row in mine if row.input == name]
             groups = [people[row.case] for row in mine if row.input == name]
             low, high = bootstrap_interval(scores, groups=groups)
             cells.append(f"{np.mean(scores):.3f} [{low:.3f}, {high:.3f}]")
-        seconds = np.mean([row.seconds for row in mine])
-        calls = mine[0].evaluations * of.samples
-        lines.append(
-            f"| {of.steps} | {of.travels} | {of.samples} | {calls} | {' | '.join(cells)} | {seconds:.1f} |"
-        )
+        seconds, calls = np.mean([row.seconds for row in mine]), mine[0].evaluations * of.samples
+        settings = f"{of.how.steps} | {of.how.travels} | {of.samples} | {of.otherwise}"
+        lines.append(f"| {settings} | {calls} | {' | '.join(cells)} | {seconds:.1f} |")
     return "\n".join(lines) + "\n"
 
 
-def plot(rows: Sequence[Row], path: Path) -> None:
-    """Dice against network evaluations, one panel per input, one mark per schedule."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+def plot(rows: Sequence[Row], out: Path) -> None:
+    """Dice against network evaluations as efficiency.svg and .png: a panel per input, a mark per schedule."""
+    from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(row.input for row in rows))
-    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3.4), sharex=True, squeeze=False)
-    for axis, name in zip(axes[0], names, strict=True):
-        for travels, mark in ((0, "o"), (1, "s"), (2, "D"), (3, "^")):
-            kinds = [of for of in dict.fromkeys(row.schedule for row in rows) if of.travels == travels]
-            points = [[row for row in rows if row.input == name and row.schedule == of] for of in kinds]
-            x = [part[0].evaluations * part[0].schedule.samples for part in points]
-            y = [np.mean([row.dice for row in part]) for part in points]
-            axis.plot(x, y, mark, label=f"{travels} travels", alpha=0.8)
-        axis.set_xscale("log", base=2)
-        axis.set_title(name)
-        axis.set_xlabel("network evaluations")
-        axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("Dice")
-    axes[0][-1].legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    figure = Figure(figsize=(4 * len(names), 3.4), layout="constrained")
+    panels = figure.subplots(1, len(names), sharex=True, squeeze=False)[0]
+    kinds = {f"{travels} travels": [of for of in SCHEDULES if of.how.travels == travels and not of.otherwise]
+             for travels in range(4)} | {"otherwise": [of for of in SCHEDULES if of.otherwise]}  # fmt: skip
+    for axes, name in zip(panels, names, strict=True):
+        for (label, schedules), mark in zip(kinds.items(), "osD^x", strict=True):
+            points = [[row for row in rows if (row.input, row.schedule) == (name, str(of))] for of in schedules]
+            calls = [part[0].evaluations * of.samples for part, of in zip(points, schedules, strict=True)]
+            axes.plot(calls, [np.mean([row.dice for row in part]) for part in points], mark, label=label, alpha=0.8)
+        axes.set_xscale("log", base=2)
+        axes.set(title=name, xlabel="network evaluations")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("Dice")
+    panels[-1].legend()
+    save_figure(figure, out, "efficiency")
 
 
 def save(rows: Sequence[Row], out: Path) -> None:
-    """Print the table; write it with CSV and plot into a folder."""
+    """Print the table and write it to a folder, with the plot."""
     text = table(rows, {row.case: person("hippocampus", row.case) for row in rows})
     write_bytes(out / "efficiency.md", text.encode())
-    with (out / "efficiency.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["input", "levels", "travels", "samples", "evaluations", "case", "dice", "seconds"])
-        for r in rows:
-            writer.writerow([r.input, *r.schedule, r.evaluations, r.case, f"{r.dice:.4f}", f"{r.seconds:.2f}"])
-    plot(rows, out / "efficiency.png")
+    plot(rows, out)
     print(text)
 
 
 def main() -> None:
     """Parse the command line."""
     parser = hippocampus_options("Quality against network evaluations, or the time that a user waits.")
-    parser.add_argument("--out", type=Path, help="folder for table, CSV and plot of the schedules")
+    parser.add_argument("--out", type=Path, help="folder for table, CSV and plot of the schedules; run again to go on")
     parser.add_argument("--defaults", action="store_true", help="time `segment` as it is, instead of schedules")
     a = parser.parse_args()
     if a.defaults == (a.out is not None):
@@ -211,8 +231,7 @@ def main() -> None:
         if a.defaults:
             print("\n" + wait_table(wait(model, a.data, a.part, a.cases)))
         else:
-            a.out.mkdir(parents=True, exist_ok=True)
-            save(measure(model, a.data, a.part, a.cases), a.out)
+            save(measure(model, a.data, a.out, a.part, a.cases), a.out)
 
 
 if __name__ == "__main__":

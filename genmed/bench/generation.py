@@ -9,10 +9,6 @@ training shapes replayed, and the reference itself. A row of OUT/generation.csv 
 
 from __future__ import annotations
 
-import csv
-import hashlib
-import io
-import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -25,6 +21,7 @@ from jaxtyping import Float
 from scipy.spatial import cKDTree
 
 from genmed.bench.cases import stratified
+from genmed.bench.kept import key_of, read_rows, write_rows
 from genmed.bench.shape_peers import statistical
 from genmed.bench.shape_solvers import VERSION, name_of
 from genmed.bench.shapes import TABLE, wanted
@@ -108,9 +105,8 @@ def run(
     reference = stratified(data, part, count)
     if len(reference) < 2:
         raise GenMedError(f"{data.folder}: part '{part}' holds fewer than 2 shapes; choose another.")
-    of = [VERSION, sha256_of(data.folder / INDEX), ours.sha256, part, len(reference), TRAINING]
-    key = hashlib.sha256(json.dumps(of).encode()).hexdigest()[:16]
-    done = {row.method: row for row in read_rows(out / ROWS) if row.key == key}
+    key = key_of(VERSION, sha256_of(data.folder / INDEX), ours.sha256, part, len(reference), TRAINING)
+    done = {row.method: row for row in read_rows(out / ROWS, Row) if row.key == key}
     if set(columns) - set(done):
         yardstick = Yardstick(data, reference)
         for name in columns:
@@ -118,7 +114,7 @@ def run(
                 started = time.monotonic()
                 drawn = makers(data, ours)[name](reference)
                 done[name] = yardstick.row(name, key, drawn, started)
-                write_rows(out / ROWS, done.values())
+                write_rows(out / ROWS, Row, done.values())
     text = report(data, ours, reference, part, [done[name] for name in columns])
     write_bytes(out / TABLE, text.encode("utf-8"))
     print(text)
@@ -329,29 +325,7 @@ def reconstructions(
             for place, values in sorted(found.items())}  # fmt: skip
 
 
-# Kept from run to run, and the report ---------------------------------------------------------------------
-
-
-def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """The whole file, replaced at once."""
-    table = io.StringIO(newline="")
-    csv.writer(table, lineterminator="\n").writerows([Row._fields, *rows])
-    write_bytes(path, table.getvalue().encode("utf-8"))
-
-
-def read_rows(path: Path) -> list[Row]:
-    """What was written; nothing without a file. Raises `GenMedError` for another table."""
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        lines = list(csv.reader(file))
-    try:
-        if tuple(lines[0]) != Row._fields:
-            raise ValueError
-        kinds = (str, str, int, *[float] * 6, int, float)
-        return [Row._make(kind(x) for kind, x in zip(kinds, line, strict=True)) for line in lines[1:]]
-    except (IndexError, ValueError, TypeError) as error:
-        raise GenMedError(f"{path}: is no table of this benchmark; use another --out.") from error
+# The report -----------------------------------------------------------------------------------------------
 
 
 def report(

@@ -5,11 +5,10 @@ report case in full, on its own grid. No choice ever looks at the report part. E
 in the output folder and is not redone after a kill; cases are kept one by one.
 """
 
-import csv
 import io
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import nn
 
 from genmed.bench import peers
 from genmed.bench.cases import HIPPOCAMPUS
+from genmed.bench.kept import write_table
 from genmed.data.dataset import Dataset, read_dataset
 from genmed.data.split import person, read_split
 from genmed.errors import GenMedError
@@ -26,6 +26,7 @@ from genmed.files import sha256_of, write_bytes, write_json
 from genmed.hub import SUMS, load, read_card
 from genmed.metrics import Score, bootstrap_interval, evaluate
 from genmed.plan import PRESETS, Plan
+from genmed.progress import track
 from genmed.tasks.segment import segment
 from genmed.tasks.view import View
 from genmed.train import CHECKPOINT, fair_minutes, train
@@ -215,7 +216,7 @@ def _count(model: nn.Module) -> int:
 def evaluated(method: Method, dataset: Dataset, ids: Sequence[str], out: Path) -> list[Score]:
     """Scores of every case; label maps that are there already are not computed again."""
     folder = out / "predictions" / method.key
-    for id in _track(ids, f"{method.name} segments"):
+    for id in track(ids, f"{method.name} segments"):
         if not (target := folder / f"{id}.nii.gz").exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             method.label(read(dataset.case(id).images)).save(target)
@@ -223,13 +224,6 @@ def evaluated(method: Method, dataset: Dataset, ids: Sequence[str], out: Path) -
     assert truth is not None
     names = {value: name for value, name in dataset.labels.items() if value}
     return evaluate(folder, truth.parent, cases=ids, labels=names)
-
-
-def _track(ids: Sequence[str], description: str) -> Iterable[str]:
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(ids, description=description, console=Console(stderr=True), transient=True)
 
 
 # The table ------------------------------------------------------------------------------------------------
@@ -317,15 +311,9 @@ def plateau(curve: Sequence[Mapping[str, float]]) -> str:
 
 def write_csv(path: Path, scores: Mapping[str, Sequence[Score]]) -> None:
     """One row per method, case and label."""
-    table = io.StringIO(newline="")
-    names = ["method", *(field.name for field in fields(Score))]
-    writer = csv.DictWriter(table, names, lineterminator="\n")
-    writer.writeheader()
-    for method, rows in scores.items():
-        for score in rows:
-            entries: dict[str, Any] = {"method": method} | asdict(score)
-            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in entries.items()})
-    write_bytes(path, table.getvalue().encode("utf-8"))
+    columns = ["method", *(field.name for field in fields(Score))]
+    scored = [(method, *astuple(score)) for method, rows in scores.items() for score in rows]
+    write_table(path, columns, [[f"{v:.6g}" if isinstance(v, float) else v for v in row] for row in scored])
 
 
 def draw_curves(out: Path, methods: Sequence[Method]) -> None:

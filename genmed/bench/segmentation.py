@@ -4,10 +4,6 @@ What is missing is trained first, every method by the same loop. Then each segme
 of OUT/cases.csv is written as soon as its case is finished, and a run that starts again goes on after the last one.
 """
 
-import csv
-import hashlib
-import io
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,6 +25,7 @@ from genmed.bench.hippocampus import (
     save_figure,
     steps_of,
 )
+from genmed.bench.kept import key_of, read_table, write_table
 from genmed.bench.tables import (
     FEW_SHOT_SHARE,
     METHODS,
@@ -48,6 +45,7 @@ from genmed.degrade import Degraded
 from genmed.errors import GenMedError
 from genmed.files import sha256_of, write_bytes
 from genmed.metrics import bootstrap_interval, dice, hd95, nsd
+from genmed.progress import track
 from genmed.space import on_grid
 from genmed.surprise import LIMIT
 from genmed.tasks.segment import CONVINCING, NOT_OF_VOXELS, RESIDUAL_LIMIT, SAMPLES, STEPS, TRAVELS, segment
@@ -404,7 +402,7 @@ def evaluate(
     by_name = {input.name: input for input in inputs}
     structures = list(next(iter(networks.values())).names.values())[1:]
     keys = {
-        (input.name, name, id): key_of(trained, input)
+        (input.name, name, id): settings_key(trained, input)
         for input in inputs
         for (name, row), trained in networks.items()
         if row == input.name
@@ -413,29 +411,22 @@ def evaluate(
     before = read_rows(out / CASES, structures)
     rows = {place: row for place, row in before.items() if keys.get(place, row.key) == row.key}
     write_rows(out / CASES, structures, rows.values())
-    for place in _track([place for place in keys if place not in rows]):
+    for place in track([place for place in keys if place not in rows], "Segmenting"):
         row, name, id = place
         found, scores, seconds = examine(networks[name, row], wanted[row][0], id, by_name[row])
         rows[place] = Row(
             part, *place, keys[place], scores, seconds, found.mode, found.match,
             found.residual, found.surprise, found.slice_thickness_mm,
         )  # fmt: skip
-        append_row(out / CASES, rows[place])
+        write_rows(out / CASES, structures, rows.values())
     return {place: rows[place] for place in keys}
 
 
-def key_of(trained: Trained, input: Input) -> str:
-    """What decides a row besides the case: weights, settings and how the scan was made worse."""
+def settings_key(trained: Trained, input: Input) -> str:
+    """`key_of` weights, settings and how the scan was made worse."""
     parts = [trained.weights_sha256, trained.settings, [str(change) for change in input.changes], input.folder]
     parts += [dict(input.labels)] if input.labels else []
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _track(places: Sequence[tuple[str, str, str]]) -> Iterable[tuple[str, str, str]]:
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(places, description="Segmenting", console=Console(stderr=True), transient=True)
+    return key_of(*parts)
 
 
 # Kept from run to run -------------------------------------------------------------------------------------
@@ -449,23 +440,12 @@ def columns_of(structures: Sequence[str]) -> list[str]:
 
 def write_rows(path: Path, structures: Sequence[str], rows: Iterable[Row]) -> None:
     """The whole file."""
-    write_bytes(path, _lines(columns_of(structures), *map(_cells, rows)))
-
-
-def append_row(path: Path, row: Row) -> None:
-    """One more row: the file is replaced by a longer one, so that a kill leaves one or the other."""
-    write_bytes(path, path.read_bytes() + _lines(_cells(row)))
+    write_table(path, columns_of(structures), map(_cells, rows))
 
 
 def read_rows(path: Path, structures: Sequence[str]) -> Rows:
     """What was written, to the last digit; nothing without a file. Raises `GenMedError` for another table."""
-    if not path.exists():
-        return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if list(reader.fieldnames or ()) != columns_of(structures):
-            raise GenMedError(f"{path}: is no table of this benchmark and data set; use another --out.")
-        rows = [_row(entries, structures) for entries in reader]
+    rows = read_table(path, columns_of(structures), lambda entries: _row(entries, structures))
     return {row.place: row for row in rows}
 
 
@@ -481,12 +461,6 @@ def _row(entries: Mapping[str, str], structures: Sequence[str]) -> Row:
     residual, surprise, thickness = (float(entries[name]) if entries[name] else None for name in Row._fields[9:])
     seconds = float(entries["seconds"])
     return Row(part, input, method, case, key, scores, seconds, mode, match, residual, surprise, thickness)
-
-
-def _lines(*rows: Sequence[Any]) -> bytes:
-    table = io.StringIO(newline="")
-    csv.writer(table, lineterminator="\n").writerows(rows)
-    return table.getvalue().encode("utf-8")
 
 
 # The report -----------------------------------------------------------------------------------------------

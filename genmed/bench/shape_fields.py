@@ -29,7 +29,7 @@ from genmed.bench.cases import stratified
 from genmed.bench.hippocampus import mean_interval
 from genmed.bench.shape_conditioned import TRAINING_STEPS, steps_taken, version_of
 from genmed.bench.shape_solvers import Lab, Solver, key_of
-from genmed.bench.shapes import CASES, TABLE, Rows, evaluate, read_rows
+from genmed.bench.shapes import TABLE, Rows, evaluate, finished
 from genmed.cue import Cue, likely, with_sides
 from genmed.data.shapes import ShapeDataset, read_shapes
 from genmed.denoiser import Denoiser
@@ -276,7 +276,7 @@ def run(
     chosen = [i for i in stratified(data, part, len(data)) if data.rows[i].category == category][:count]
     if not chosen:
         raise GenMedError(f"--category {category}: part '{part}' of {data.folder} has no such shape; choose another.")
-    rows = read_rows(out / CASES)
+    rows = finished(out)
     fields = columns(data, load_shapes(model), category, minutes, out)
     rows = evaluate(data, chosen, KINDS, {name: column.solver for name, column in fields.items()}, rows, out)
     alone = {name: kept(data, chosen, column) for name, column in fields.items()}

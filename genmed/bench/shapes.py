@@ -7,8 +7,6 @@ starts again goes on after the last one. The other table, generation, is `genmed
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import time
 from collections import Counter
@@ -24,6 +22,7 @@ from jaxtyping import Bool, Float
 from genmed.bench.cases import stratified
 from genmed.bench.cues import KINDS, draw, draw_cue
 from genmed.bench.hippocampus import save_figure
+from genmed.bench.kept import read_rows, write_rows
 from genmed.bench.segmentation import signed_rank_p
 from genmed.bench.shape_solvers import METHODS, OURS, Lab, Solver, solvers
 from genmed.cue import Cue
@@ -33,6 +32,7 @@ from genmed.files import write_bytes
 from genmed.guide import Diverged
 from genmed.mesh import surface
 from genmed.metrics import bootstrap_interval, dice, nsd
+from genmed.progress import track
 from genmed.shape import Shape, decode
 from genmed.shape_metrics import POINTS, chamfer, sample_surface, to_unit_box, uhd
 from genmed.shape_model import load_shapes
@@ -123,7 +123,7 @@ def run(
     rows_wanted, columns = wanted(kinds, KINDS, "--kinds"), wanted(methods, METHODS, "--methods")
     data, out = read_shapes(shapes), Path(out)
     chosen = chosen_shapes(data, part, count, tumours)
-    rows = read_rows(out / CASES)
+    rows = finished(out)
     solving = solvers(Lab(data, load_shapes(model), Path(runs), minutes), columns)
     rows = evaluate(data, chosen, rows_wanted, solving, rows, out)
     ill = {row.id for row in data.rows if with_tumour(row)}
@@ -167,6 +167,11 @@ def chosen_shapes(data: ShapeDataset, part: str, count: int, tumours: bool = Fal
     return chosen + (stratified(data, "unseen", -(-count // UNSEEN)) if part == "report" else [])
 
 
+def finished(out: Path) -> Rows:
+    """Rows of earlier runs. Raises `GenMedError` where the file holds another table."""
+    return {row.place: row for row in read_rows(out / CASES, Row)}
+
+
 # One shape ------------------------------------------------------------------------------------------------
 
 
@@ -183,7 +188,7 @@ def evaluate(
     A method whose trajectories leave the range of the data (`genmed.guide.Diverged`) has the scores `FAILED`.
     """
     done: Rows = {}
-    for i in _track(chosen):
+    for i in track(chosen, "Completing"):
         about = data.rows[i]
         methods = {n: s for n, s in solving.items() if about.part != "unseen" or not METHODS[n].told}
         truth: Truth | None = None
@@ -205,7 +210,7 @@ def evaluate(
                         about.part, about.id, kind, name, solving[name].key, about.source, about.category,
                         f"{about.source} {about.subject}", *scores, seconds,
                     )  # fmt: skip
-                write_rows(out / CASES, rows.values())
+                write_rows(out / CASES, Row, rows.values())
             done |= {place: rows[place] for place in places.values()}
     return done
 
@@ -283,38 +288,6 @@ def on_cube(found: Sequence[Shape], truth: Shape) -> tuple[Float[np.ndarray, "m 
     affine[:3, 3] -= margin * truth.voxel_mm
     n += 2 * margin
     return Completion(tuple(found), 0.0, None, 0.0, 0).distance_mm(Grid((n, n, n), affine)), margin
-
-
-def _track(numbers: Sequence[int]) -> Iterable[int]:
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(numbers, description="Completing", console=Console(stderr=True), transient=True)
-
-
-# Kept from run to run -------------------------------------------------------------------------------------
-
-
-def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """The whole file, replaced at once, so that a kill leaves the last one or this one."""
-    table = io.StringIO(newline="")
-    csv.writer(table, lineterminator="\n").writerows([Row._fields, *rows])
-    write_bytes(path, table.getvalue().encode("utf-8"))
-
-
-def read_rows(path: Path) -> Rows:
-    """What was written, to the last digit; nothing without a file. Raises `GenMedError` for another table."""
-    if not path.exists():
-        return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        lines = list(csv.reader(file))
-    try:
-        if tuple(lines[0]) != Row._fields:
-            raise ValueError
-        rows = [Row._make([*line[:8], *map(float, line[8:])]) for line in lines[1:]]
-    except (IndexError, ValueError, TypeError) as error:
-        raise GenMedError(f"{path}: is no table of this benchmark; use another --out.") from error
-    return {row.place: row for row in rows}
 
 
 # The report -----------------------------------------------------------------------------------------------

@@ -6,21 +6,21 @@ Clean scans and degraded versions of the same are segmented on the working grid 
 Every finished case is kept in cases.csv and reliability.csv and is not run again.
 """
 
-import csv
 import io
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from genmed.bench.cases import HIPPOCAMPUS, cases_of_part, hippocampus_options, one_line_errors
+from genmed.bench.kept import read_rows, write_rows
 from genmed.bench.tables import CONFIRMED, NOISE_50, Input, change
 from genmed.calibration import (
     Reliability,
@@ -41,6 +41,7 @@ from genmed.errors import GenMedError
 from genmed.files import write_bytes, write_json
 from genmed.hub import Model, load
 from genmed.plan import Plan
+from genmed.progress import track
 from genmed.space import Space
 from genmed.tasks.segment import Interval, Segmentation, infer, segment
 from genmed.tasks.view import View
@@ -52,12 +53,6 @@ NEAR_MM = 2.0  # from a true or predicted boundary
 REGIONS = NEAR, EVERYWHERE = ("near", "everywhere")
 ALL = "most probable class"
 CASES, BINNED, RECIPE = "cases.csv", "reliability.csv", "recipe.json"
-CASE_COLUMNS = (
-    "input", "case", "structure", "volume_ml_true", "volume_ml_mean", "volume_ml_low", "volume_ml_high",
-    "ece_near", "ece_everywhere", "surprise_plain", "surprise", "residual", "doubtful", "mode", "match", "seconds",
-)  # fmt: skip
-BIN_COLUMNS = ("input", "case", "region", "structure", "bin", "confidence", "accuracy", "count")
-
 
 REFERENCE, TOLD = "clean", "inverted, told by --match affine"
 INPUTS = {
@@ -101,6 +96,40 @@ class Finding:
 Findings = dict[tuple[str, str], Finding]  # by input and case
 
 
+class CaseRow(NamedTuple):
+    """One structure of a finding in cases.csv; `doubtful` is 0 or 1."""
+
+    input: str
+    case: str
+    structure: str
+    volume_ml_true: float
+    volume_ml_mean: float
+    volume_ml_low: float
+    volume_ml_high: float
+    ece_near: float
+    ece_everywhere: float
+    surprise_plain: float
+    surprise: float
+    residual: float
+    doubtful: int
+    mode: str
+    match: str
+    seconds: float
+
+
+class BinRow(NamedTuple):
+    """One bin of a finding's `claims` in reliability.csv."""
+
+    input: str
+    case: str
+    region: str
+    structure: str
+    bin: int
+    confidence: float
+    accuracy: float
+    count: int  # type: ignore[assignment]  # hides that of tuples
+
+
 def run(
     model: Model, data: Path, out: Path, *,
     part: str = "tune", cases: int | None = None, samples: int = SAMPLES, split: Path = HIPPOCAMPUS,
@@ -121,7 +150,7 @@ def run(
     _same_as_before(out, {"weights_sha256": model.sha256, "samples": samples, "bins": BINS, "near_mm": NEAR_MM})
     findings = read_findings(out)
     wanted = [(name, id) for name in INPUTS for id in chosen]
-    for name, id in _track([key for key in wanted if key not in findings]):
+    for name, id in track([key for key in wanted if key not in findings], "Segmenting"):
         findings[name, id] = examine(model, dataset.case(id), name, samples)
         write_findings(out, findings)
     people = {id: person(dataset.name, id) for id in chosen}
@@ -140,13 +169,6 @@ def _same_as_before(out: Path, recipe: Mapping[str, Any]) -> None:
         changed = next(key for key in recipe if recipe[key] != before.get(key))
         raise GenMedError(f"{out}: was started with {changed} {before.get(changed)}; use that, or another --out.")
     write_json(path, recipe)
-
-
-def _track(keys: Sequence[tuple[str, str]]) -> Iterable[tuple[str, str]]:
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(keys, description="Segmenting", console=Console(stderr=True), transient=True)
 
 
 # One case -------------------------------------------------------------------------------------------------
@@ -196,60 +218,41 @@ def write_findings(out: Path, findings: Findings) -> None:
     for f in findings.values():
         for (region, structure), r in f.claims.items():
             for k in np.flatnonzero(r.count):
-                numbers = (int(k), float(r.confidence[k]), float(r.accuracy[k]), int(r.count[k]))
-                bins.append((f.input, f.case, region, structure, *numbers))
+                share = float(r.confidence[k]), float(r.accuracy[k])
+                bins.append(BinRow(f.input, f.case, region, structure, int(k), *share, int(r.count[k])))
         for structure, true_ml in f.true_ml.items():
-            errors = [ece(f.claims[region, structure]) for region in REGIONS]
-            row = (f.input, f.case, structure, true_ml, *f.volume_ml[structure], *errors)
-            warnings = f.surprise_plain, f.surprise, f.residual, int(f.doubtful)
-            cases.append((*row, *warnings, f.mode, f.match, f.seconds))
-    _write_csv(out / BINNED, BIN_COLUMNS, bins)
-    _write_csv(out / CASES, CASE_COLUMNS, cases)
+            near, everywhere = (ece(f.claims[region, structure]) for region in REGIONS)
+            cases.append(CaseRow(
+                f.input, f.case, structure, true_ml, *f.volume_ml[structure], near, everywhere,
+                f.surprise_plain, f.surprise, f.residual, int(f.doubtful), f.mode, f.match, f.seconds,
+            ))  # fmt: skip
+    write_rows(out / BINNED, BinRow, bins)
+    write_rows(out / CASES, CaseRow, cases)
 
 
 def read_findings(out: Path) -> Findings:
     """What `write_findings` wrote, to the last digit; nothing where there is no such folder yet."""
     found: Findings = {}
-    for row in _read_csv(out / CASES, CASE_COLUMNS):
-        name, id, how = row["input"], row["case"], (row["mode"], row["match"])
-        plain, surprise, residual = (float(row[number]) for number in ("surprise_plain", "surprise", "residual"))
-        warnings = plain, surprise, residual, row["doubtful"] == "1"
-        empty = Finding(name, id, {}, {}, {}, *warnings, *how, float(row["seconds"]))
-        finding = found.setdefault((name, id), empty)
-        low_high = (float(row[f"volume_ml_{name}"]) for name in ("mean", "low", "high"))
-        finding.volume_ml[row["structure"]] = Interval(*low_high)
-        finding.true_ml[row["structure"]] = float(row["volume_ml_true"])
+    for row in read_rows(out / CASES, CaseRow):
+        warnings = row.surprise_plain, row.surprise, row.residual, bool(row.doubtful)
+        empty = Finding(row.input, row.case, {}, {}, {}, *warnings, row.mode, row.match, row.seconds)
+        finding = found.setdefault((row.input, row.case), empty)
+        finding.volume_ml[row.structure] = Interval(row.volume_ml_mean, row.volume_ml_low, row.volume_ml_high)
+        finding.true_ml[row.structure] = row.volume_ml_true
     for finding in found.values():
         for region in REGIONS:
             finding.claims.update({(region, structure): _no_claims() for structure in (ALL, *finding.true_ml)})
-    for row in _read_csv(out / BINNED, BIN_COLUMNS):
-        if (key := (row["input"], row["case"])) in found:
-            bins, k = found[key].claims[row["region"], row["structure"]], int(row["bin"])
-            bins.confidence[k], bins.accuracy[k] = float(row["confidence"]), float(row["accuracy"])
-            bins.count[k] = int(row["count"])
+    for bin in read_rows(out / BINNED, BinRow):
+        if (key := (bin.input, bin.case)) in found:
+            claims = found[key].claims[bin.region, bin.structure]
+            claims.confidence[bin.bin], claims.accuracy[bin.bin] = bin.confidence, bin.accuracy
+            claims.count[bin.bin] = bin.count
     return found
 
 
 def _no_claims() -> Reliability:
     nothing = np.full(BINS, np.nan)
     return Reliability(np.linspace(0, 1, BINS + 1), nothing, nothing.copy(), np.zeros(BINS, dtype=np.int64))
-
-
-def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    table = io.StringIO(newline="")
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerows([columns, *rows])
-    write_bytes(path, table.getvalue().encode("utf-8"))
-
-
-def _read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != tuple(columns):
-            raise GenMedError(f"{path}: is no table of this benchmark; use another --out.")
-        return list(reader)
 
 
 # The tables -----------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import numpy as np
 
 from genmed.data.dataset import Case, Dataset, read_dataset
 from genmed.errors import GenMedError
+from genmed.progress import track
 from genmed.volume import Volume, read, read_labels, require_same_grid
 
 
@@ -38,7 +39,7 @@ def check(folder: str | Path) -> list[Problem]:
         return [Problem("", "error", str(error))]
     problems: list[Problem] = []
     seen = _Seen()
-    for case in _track([*dataset.cases, *dataset.test]):
+    for case in track([*dataset.cases, *dataset.test], "Checking"):
         problems += _check_case(dataset, case, seen)
     return [*problems, *_check_whole(dataset, seen)]
 
@@ -59,13 +60,6 @@ class _Seen:
         self.ids: set[str] = set()
         self.images: dict[bytes, str] = {}  # hash of the voxels -> case
         self.values: set[int] = set()       # label values that occur
-
-
-def _track(cases: Sequence[Case]) -> Iterable[Case]:
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(cases, description="Checking", console=Console(stderr=True), transient=True)
 
 
 def _check_case(dataset: Dataset, case: Case, seen: _Seen) -> Iterator[Problem]:

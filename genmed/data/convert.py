@@ -22,6 +22,7 @@ import numpy as np
 from genmed.data.split import Split, write_split
 from genmed.errors import GenMedError
 from genmed.files import write_json
+from genmed.progress import track
 from genmed.volume import Volume, read, read_labels, require_same_grid
 
 RECORD = "converted.json"
@@ -370,11 +371,8 @@ def _recorded(out: Path) -> Any:
 
 
 def _convert_all(cases: Sequence[Source], out: Path) -> Outcome:
-    from rich.console import Console
-    from rich.progress import track
-
     converted, skipped, failed = [], [], {}
-    for case in track(cases, description="Converting", console=Console(stderr=True), transient=True):
+    for case in track(cases, "Converting"):
         image, label = out / "imagesTr" / f"{case.id}_0000{ENDING}", out / "labelsTr" / f"{case.id}{ENDING}"
         if image.is_file() and label.is_file():
             skipped.append(case.id)

@@ -1,7 +1,7 @@
 """`prepare`: measure a data set (`fingerprint`) and derive the `Plan` for training from the measurements."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from genmed.data.dataset import Case, Dataset, read_dataset
 from genmed.errors import GenMedError
 from genmed.files import write_bytes, write_json
 from genmed.plan import NORM_GROUPS, PRESETS, Plan, patch_multiple, strides
+from genmed.progress import track
 from genmed.space import Space
 from genmed.volume import Grid, Volume, read, read_labels, require_same_grid
 
@@ -79,7 +80,7 @@ def fingerprint(dataset: Dataset, cases: Sequence[str] | None = None) -> Fingerp
     grids: list[Grid] = []
     samples = _Samples(dataset.channels)
     volumes_ml: dict[int, list[float]] = {}
-    for number, case in enumerate(_track(chosen)):
+    for number, case in enumerate(track(chosen, "Measuring")):
         image, label = _read_case(case, len(dataset.channels))
         grids.append(image.grid)
         samples.add(image, label, np.random.default_rng(number))
@@ -262,10 +263,3 @@ def _patch(sides: Sequence[float], multiple: Sequence[int]) -> tuple[int, int, i
 
 def _by_axis(numbers: Sequence[float]) -> str:
     return " × ".join(f"{number:.4g}" for number in numbers)
-
-
-def _track(cases: Sequence[Case]) -> Iterable[Case]:
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(cases, description="Measuring", console=Console(stderr=True), transient=True)

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from genmed.guide import Diverged, consistent, guided, misfit, retry
 from genmed.hub import Model
 from genmed.observe import Observation
 from genmed.plan import Plan
-from genmed.samplers import Denoise, euler, noise, schedule, seeded, time_travel
+from genmed.samplers import Denoise, euler, heun, noise, schedule, seeded, time_travel
 from genmed.space import Intensity, Space
 from genmed.surprise import DRAWS, LIMIT, features, histogram, surprise, typical_histogram
 from genmed.tasks.view import SMALLEST_EXTENT, View, seen_slices
@@ -129,6 +129,28 @@ class Attempt(NamedTuple):
     mode: str
     match: str
     widened: bool = False
+
+
+class Sampling(NamedTuple):
+    """How guided trajectories are walked; `genmed.bench.efficiency` compares others with the defaults.
+
+    `steps` levels of noise, those between `TRAVELLED` repeated `travels` times (`genmed.samplers.time_travel`), which
+    `heun` does not do. `method` and `relax` are those of `genmed.guide.guided`. `last_step`: the final image is made
+    consistent with the observation.
+    """
+
+    steps: int = STEPS
+    travels: int = 0
+    sampler: Literal["ancestral", "euler", "heun"] = "ancestral"
+    method: Literal["linesearch", "variance"] = "linesearch"
+    relax: float = 2.0
+    last_step: bool = True
+
+    def evaluations(self, sigmas: Float[Tensor, " n"]) -> int:
+        """Network evaluations, each with a backward call, of one trajectory down these levels."""
+        repeated = sum(TRAVELLED[0] <= sigma <= TRAVELLED[1] for sigma in sigmas.tolist())
+        levels = len(sigmas) - 1
+        return 2 * levels - 1 if self.sampler == "heun" else levels + self.travels * repeated
 
 
 class Found(NamedTuple):
@@ -293,8 +315,8 @@ def infer(
             soft = conditional(model.denoiser, view.image, seeds if samples else None, model.plan.patch)
             image, residual = view.image.expand(len(soft), *view.image.shape[1:]), 0.0
         else:
-            travels = 0 if match in RIGID else TRAVELS
-            soft, image, residual = guided_pair(model, view, mode, MATCHES[match], seeds, progress, travels=travels)
+            how = Sampling(travels=0 if match in RIGID else TRAVELS)
+            soft, image, residual = guided_pair(model, view, mode, MATCHES[match], seeds, how, progress)
         off = surprise_of(model, view, image, soft)
         return Found(view.inside(soft), view.inside(image), residual, *off, mode, match, view.widened)
 
@@ -329,7 +351,7 @@ def probe(model: Model, view: View, attempt: Attempt, seed: int) -> float:
     """Residual of one guided sample: what the observation's geometry, as assumed by `view`, leaves unexplained."""
     mode, match, _ = attempt
     with torch.no_grad():
-        return guided_pair(model, view, mode, MATCHES[match], [seed * 10_007], travels=0)[2]
+        return guided_pair(model, view, mode, MATCHES[match], [seed * 10_007], Sampling())[2]
 
 
 def conditional(
@@ -382,10 +404,8 @@ def guided_pair(
     mode: str,
     match: matches.Match,
     seeds: Sequence[int],
+    how: Sampling,
     progress: Progress | None = None,
-    *,
-    steps: int = STEPS,
-    travels: int,
 ) -> tuple[Float[Tensor, "s k x y z"], Float[Tensor, "s c x y z"], float]:
     """Sample (image, label) pairs that agree with the observation.
 
@@ -394,8 +414,8 @@ def guided_pair(
     """
     plan, fields, observation = model.plan, model.denoiser.fields, view.observation
     size = tuple(m.shape[1] for m in view.matrices)
-    sigmas = schedule(plan.sigma_max, plan.sigma_min, steps)
-    total = evaluations(sigmas, travels)
+    sigmas = schedule(plan.sigma_max, plan.sigma_min, how.steps)
+    total = how.evaluations(sigmas)
     denoise = denoise_with(model, math.prod(size))
     calls = 0
 
@@ -408,12 +428,15 @@ def guided_pair(
 
     def sample(scale: float) -> Tensor:
         steered = guided(
-            counted, fields, [observation], match=match, scale=scale,
+            counted, fields, [observation], match=match, scale=scale, method=how.method, relax=how.relax,
             steer="observed" if mode == "joint-base" else "all",
         )  # fmt: skip
         generators = seeded(seeds)
         z = plan.sigma_max * noise(torch.zeros(len(seeds), fields.channels, *size), generators)
-        return time_travel(steered, z, sigmas, travels, generators, between=TRAVELLED)
+        if how.sampler == "heun":
+            return heun(steered, z, sigmas)
+        eta = 0.0 if how.sampler == "euler" else 1.0
+        return time_travel(steered, z, sigmas, how.travels, generators, eta=eta, between=TRAVELLED)
 
     try:
         z0 = retry(sample)
@@ -423,18 +446,13 @@ def guided_pair(
             "Try --match affine or --mode conditional."
         ) from error
     residual = _residual(z0, fields, observation, match)
-    parts = fields.split(consistent(z0, fields, [observation], match=match))
+    parts = fields.split(consistent(z0, fields, [observation], match=match) if how.last_step else z0)
     image = parts["image"] if match is matches.none else _standardised(parts["image"])
     if mode == "restore-then-condition":
         soft = torch.cat([conditional(model.denoiser, one[None], patch=plan.patch) for one in image])
     else:
         soft = probabilities(parts["label"]).clamp(0, 1)
     return soft, image, residual
-
-
-def evaluations(sigmas: Float[Tensor, " n"], travels: int) -> int:
-    """Network evaluations, each with a backward call, of one guided trajectory."""
-    return len(sigmas) - 1 + travels * sum(TRAVELLED[0] <= sigma <= TRAVELLED[1] for sigma in sigmas.tolist())
 
 
 def _standardised(image: Float[Tensor, "s c x y z"]) -> Float[Tensor, "s c x y z"]:
