@@ -1,6 +1,6 @@
 """Segment, then complete: each structure of a degraded scan, completed from what its segmentation is sure of.
 
-    found = chain(gm.load("heart-mr"), gm.load("shapes"), scan, observed=mask)
+    found = gm.chain(gm.load("heart-mr"), gm.load("shapes"), scan, observed=mask)
     found.segmentation.labels.save("labels.nii.gz")
 
 Voxels that were seen and are surely inside or outside of a structure are its cue, and stay as they are. Elsewhere the
