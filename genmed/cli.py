@@ -527,13 +527,16 @@ def generate_shapes(
     text: Annotated[str | None, typer.Option(help="What to draw, in words; default: anything.")] = None,
     count: Annotated[int, typer.Option("-n", help="Number of shapes.")] = 8,
     seed: Seed = 0,
+    file_format: Annotated[str, typer.Option("--format", help="Of the surfaces: stl, ply or glb.")] = "stl",
     as_json: Json = False,
 ) -> None:
-    """Draw shapes from words, as STL in mm around the origin, with generated.json."""
+    """Draw shapes from words, as surfaces in mm around the origin, with generated.json."""
     from genmed.shape_model import load_shapes
     from genmed.tasks.shapes import generate_files
 
-    facts = generate_files(load_shapes(model), out, count, text=text, seed=seed, command=_command_line())
+    facts = generate_files(
+        load_shapes(model), out, count, text=text, seed=seed, format=file_format, command=_command_line()
+    )
     _warn(facts, "some shapes have no known size: their structure had no scale in mm in training; units are arbitrary")
     lines = [
         f"{row['file']}: no known size"

@@ -434,11 +434,13 @@ def test_a_side_that_a_structure_has_not_is_left_out(blank: ShapeModel) -> None:
     assert torch.equal(found, embed(["kidney"])[0])
 
 
-def test_generate_writes_surfaces_and_what_they_are(folder: Path, tmp_path: Path) -> None:
-    result = genmed("generate", "--model", folder, "--text", "left kidney", "-n", 3, "--out", tmp_path / "made")
+@pytest.mark.parametrize("chosen", [[], ["--format", "ply"], ["--format", "glb"]])
+def test_generate_writes_surfaces_and_what_they_are(folder: Path, tmp_path: Path, chosen: list[str]) -> None:
+    options = ["--model", folder, "--text", "left kidney", "-n", 3, "--out", tmp_path / "made", *chosen]
+    result = genmed("generate", *options)
     assert result.exit_code == 0, result.output
     rows = json.loads((tmp_path / "made" / "generated.json").read_text())["shapes"]
-    assert len(rows) == 3
+    assert [Path(row["file"]).suffix for row in rows] == [f".{chosen[-1] if chosen else 'stl'}"] * 3
     for row in rows:
         assert read_mesh(tmp_path / "made" / row["file"]).volume_ml == pytest.approx(row["volume_ml"], rel=0.01)
 
@@ -476,10 +478,10 @@ def test_bad_options_give_one_line_and_no_file(
 def test_fewer_shapes_leave_none_of_an_earlier_run(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "shape-0002.stl.txt").write_text("mine")
     (tmp_path / "shape-0009.stl").write_text("mine, too")
-    for count in (3, 1):
-        assert genmed("generate", "--model", folder, "-n", count, "--out", tmp_path).exit_code == 0
+    for count, *chosen in ((3,), (2, "--format", "glb"), (1, "--format", "ply")):
+        assert genmed("generate", "--model", folder, "-n", count, "--out", tmp_path, *chosen).exit_code == 0
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["generated.json", "shape-0000.stl", "shape-0002.stl.txt", "shape-0009.stl"]
+    assert names == ["generated.json", "shape-0000.ply", "shape-0002.stl.txt", "shape-0009.stl"]
 
 
 def test_the_input_is_never_overwritten(part: Path, folder: Path, tmp_path: Path) -> None:
@@ -595,3 +597,5 @@ def test_planes_are_read_as_they_are_written() -> None:
     assert parse_planes(None) == {}
     with pytest.raises(GenMedError, match="no plane"):
         parse_planes("axial=30,")
+    failed_in_one_line(genmed("generate", "--model", folder, "--out", tmp_path / "x", "--format", "obj"), "stl, ply")
+    assert not (tmp_path / "x").exists()

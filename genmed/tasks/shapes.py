@@ -36,7 +36,8 @@ from genmed.tasks.region import cue_of_cloud, cue_of_region
 from genmed.volume import Volume, read, read_labels, require_same_grid
 
 NIFTI = (".nii.gz", ".nii")
-OUT_SUFFIXES = (*NIFTI, ".stl", ".ply", ".glb")
+FORMATS = ("stl", "ply", "glb")  # of surfaces that are written
+OUT_SUFFIXES = (*NIFTI, *(f".{name}" for name in FORMATS))
 MOST = 1000  # shapes that one command generates
 ACROSS = 80  # points across a section of a mesh
 
@@ -133,11 +134,19 @@ def complete_file(
 
 
 def generate_files(
-    model: ShapeModel, out: str | Path, count: int, *, text: str | None = None, seed: int = 0, command: str = ""
+    model: ShapeModel,
+    out: str | Path,
+    count: int,
+    *,
+    text: str | None = None,
+    seed: int = 0,
+    format: str = "stl",
+    command: str = "",
 ) -> dict[str, Any]:
-    """Draw shapes and write them as STL around the origin, with generated.json; returns what that says.
+    """Draw shapes and write them as surfaces around the origin, with generated.json; returns what that says.
 
-    Shapes that an earlier generated.json lists are replaced, and deleted where fewer are drawn now.
+    Coordinates are mm; `format` is one of `FORMATS`. Shapes that an earlier generated.json lists are replaced, and
+    deleted where fewer, or others, are drawn now. Raises `GenMedError`.
     """
     out = Path(out).expanduser()
     if out.exists() and not out.is_dir():
@@ -145,6 +154,8 @@ def generate_files(
     if not 1 <= count <= MOST or seed < 0:
         raise GenMedError(f"-n {count} --seed {seed}: give 1 to {MOST} shapes and a seed of 0 or more.")
     require_room("--out", out / "generated.json")
+    if format not in FORMATS:
+        raise GenMedError(f"--format {format}: unknown; choose {', '.join(FORMATS)}.")
     warning, embedding = words(model, text)
     rows: list[dict[str, Any]] = []
     before = _generated(out)
@@ -154,7 +165,7 @@ def generate_files(
         except GenMedError:
             rows.append({"file": None, "volume_ml": 0.0, "extent_mm": 0.0})  # a rare draw that encloses nothing
             continue
-        path = save_mesh(mesh, out / f"shape-{number:04d}.stl")
+        path = save_mesh(mesh, out / f"shape-{number:04d}.{format}")
         sizes = (round(mesh.volume_ml, 3), round(mesh.extent_mm, 2)) if shape.scaled else (None, None)
         rows.append({"file": path.name, "volume_ml": sizes[0], "extent_mm": sizes[1]})
     facts = {
@@ -178,7 +189,8 @@ def _generated(folder: Path) -> set[str]:
     """Files that the generated.json of a folder lists."""
     try:
         rows = json.loads((folder / "generated.json").read_text("utf-8"))["shapes"]
-        return {row["file"] for row in rows if re.fullmatch(r"shape-\d{4}\.stl", row["file"] or "")}
+        ours = re.compile(rf"shape-\d{{4}}\.({'|'.join(FORMATS)})")
+        return {row["file"] for row in rows if ours.fullmatch(row["file"] or "")}
     except (OSError, ValueError, KeyError, TypeError):
         return set()
 
