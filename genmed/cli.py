@@ -710,14 +710,20 @@ def bench_shapes(
     from genmed.bench import shapes as completion
 
     chosen = [[name.strip() for name in text.split(",")] if text is not None else None for text in (kinds, methods)]
-    if table == "generation" and kinds is None:
+    if table == "generation":
+        others = {
+            "--kinds": kinds is not None, "--runs": runs is not None, "--minutes": minutes is not None,
+            "--tumours": tumours,
+        }  # fmt: skip
+        if given := [name for name, is_given in others.items() if is_given]:
+            raise GenMedError(f"{given[0]}: not for --table generation; leave it out.")
         generation.run(
             shapes, model, out, part=part, methods=chosen[1],
             count=generation.COUNT if cases is None else cases,
         )  # fmt: skip
         return
     if table != "completion":
-        raise GenMedError(f"--table {table}: choose completion, or generation, which has no --kinds.")
+        raise GenMedError(f"--table {table}: choose completion or generation.")
     if runs is None:
         raise GenMedError("--runs: completion has peers; name the folder that they are kept in.")
     completion.run(
