@@ -377,10 +377,10 @@ def _chained(
     if page is not None:
         alone = complete_all(
             completer, segmenter.plan, scan, found.before, (),
-            grid=options.grid, observed=observed, roi_mm=options.roi_mm,
+            grid=options.grid, observed=found.before.observed, roi_mm=options.roi_mm,
         )  # fmt: skip
-        labels = found.segmentation.labels
-        html = chain_page(alone.segmentation.labels, labels, observed, truth, title=f"{id}, segmented and completed")
+        labels, title = found.segmentation.labels, f"{id}, segmented and completed"
+        html = chain_page(alone.segmentation.labels, labels, found.before.observed, truth, title=title)
         files["nii.gz"] = partial(_save_both, page, html, labels)
     return replace(made, files=files, facts=made.facts | facts)
 
