@@ -18,6 +18,7 @@ from genmed.errors import GenMedError
 from genmed.mesh import Triangles
 
 POINTS = 2048  # of a surface, as in PointFlow (Yang et al., arXiv 1906.12320)
+DENSE_POINTS = 8192  # of either surface for UHD, which the gaps between points add to
 LEAF = 32  # points in a leaf of the search tree; the fastest for 2,048 points
 
 Points = Float[np.ndarray, "n 3"]

@@ -290,11 +290,11 @@ def test_a_page_shows_the_segmentation_alone_beside_its_completion(
     found[30:33, 30:33, 30:33] = 5
     assert alone["Dice"] == f"{dice(found != 0, truth != 0):.3f}"
     assert completed["Dice"] == f"{dice(read_labels(out).data[0] != 0, truth != 0):.3f}" > "0.8" > alone["Dice"]
+    assert 0 < float(alone["UHD ×100"]) < 5  # of the truth's points in seen slices
     assert [np.unique(np.array(plane)[:, 2]).tolist() for plane in scene["planes"]] == [[24], [48], [72], [96]]
     assert scene["ghost"] and "stone" in page.read_text("utf-8")
 
 
-def test_of_neighbouring_slices_the_first_and_the_last_are_drawn() -> None:
 def test_seen_slices_are_drawn_where_they_lie_whatever_the_grid_of_the_labels() -> None:
     fine = np.diag([2.0, 2, 2, 1])
     fine[:3, 3] = -1
@@ -304,6 +304,7 @@ def test_seen_slices_are_drawn_where_they_lie_whatever_the_grid_of_the_labels() 
     assert [np.unique(np.array(plane)[:, 2]).tolist() for plane in planes] == [[24], [48], [72], [96]]
 
 
+def test_of_neighbouring_slices_the_first_and_the_last_are_drawn() -> None:
     seen = np.zeros((4, 5, 9), bool)
     seen[:, :, [0, 3, 4, 5, 6, 8]] = True
     seen[1, 2] = True

@@ -30,9 +30,9 @@ from genmed.mesh import (
 )  # fmt: skip
 from genmed.shape import cube
 from genmed.shape_model import ShapeModel
-from genmed.tasks.compare import Surfaces, completion_page, read_truth, together
+from genmed.tasks.compare import Seen, Surfaces, completion_page, read_truth, together
 from genmed.tasks.complete import Completion, Progress, complete, generate
-from genmed.tasks.region import cue_of_cloud, cue_of_region
+from genmed.tasks.region import cue_of_cloud, cue_of_region, seen_at
 from genmed.volume import Volume, read, read_labels, require_same_grid
 
 NIFTI = (".nii.gz", ".nii")
@@ -120,7 +120,8 @@ def complete_file(
         "truth": None if truth is None else str(truth),
     }
     made, chance = _made(found, label, seen, cue, suffix)
-    html = "" if page is None else _page(made, label, seen, surface, cue, wanted, whole, part.name, facts)
+    looked = _looked_at(label, seen, cue, wanted, observed)
+    html = "" if page is None else _page(made, label, seen, surface, cue, wanted, whole, looked, part.name, facts)
     if chances is not None and chance is not None:
         chance.save(chances)
     if isinstance(made, Volume):
@@ -153,9 +154,9 @@ def generate_files(
         raise GenMedError(f"--out {out}: is a file; give a folder.")
     if not 1 <= count <= MOST or seed < 0:
         raise GenMedError(f"-n {count} --seed {seed}: give 1 to {MOST} shapes and a seed of 0 or more.")
-    require_room("--out", out / "generated.json")
     if format not in FORMATS:
         raise GenMedError(f"--format {format}: unknown; choose {', '.join(FORMATS)}.")
+    require_room("--out", out / "generated.json")
     warning, embedding = words(model, text)
     rows: list[dict[str, Any]] = []
     before = _generated(out)
@@ -371,6 +372,7 @@ def _page(
     cue: Cue,
     planes: Mapping[str, Sequence[float]],
     truth: Surfaces | None,
+    looked: Seen,
     name: str,
     facts: Mapping[str, Any],
 ) -> str:
@@ -393,4 +395,27 @@ def _page(
     return completion_page(
         part, whole, corners, cue.voxel_mm,
         doubtful=cue.doubtful, title=f"{name}, completed", residual_mm=facts["residual_mm"], truth=truth,
+        seen=looked,
     )  # fmt: skip
+
+
+def _looked_at(
+    label: Volume | None,
+    seen: Bool[np.ndarray, "x y z"] | None,
+    cue: Cue,
+    planes: Mapping[str, Sequence[float]],
+    observed: str | Path | None,
+) -> Seen:
+    """Which points lie in seen voxels or, of a surface, in the mask or within half a step of a plane; else all do."""
+
+    def looked(points: Float[np.ndarray, "n 3"]) -> Bool[np.ndarray, " n"]:
+        if label is not None:
+            return np.ones(len(points), bool) if seen is None else seen_at(points, seen, label.affine)[0]
+        cuts = [(AXES[name], at) for name, several in planes.items() for at in several]
+        found = [np.abs(points[:, axis] - at) <= cue.voxel_mm / 2 for axis, at in cuts]
+        if observed is not None:
+            mask = read_labels(observed)
+            found.append(seen_at(points, mask.data[0] != 0, mask.affine)[0])
+        return np.any(found, axis=0) if found else np.ones(len(points), bool)
+
+    return looked
