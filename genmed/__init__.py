@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from genmed.hub import Model as Model
     from genmed.shape_model import ShapeModel as ShapeModel
     from genmed.shape_model import load as load
+    from genmed.tasks.chain import Chained as Chained
+    from genmed.tasks.chain import chain as chain
     from genmed.tasks.complete import Completion as Completion
     from genmed.tasks.complete import complete as complete
     from genmed.tasks.complete import generate as generate
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Chained": "genmed.tasks.chain",
     "Completion": "genmed.tasks.complete",
     "GenMedError": "genmed.errors",
     "Model": "genmed.hub",
@@ -38,6 +41,7 @@ _HOME = {
     "ShapeModel": "genmed.shape_model",
     "Segmentation": "genmed.tasks.segment",
     "Volume": "genmed.volume",
+    "chain": "genmed.tasks.chain",
     "complete": "genmed.tasks.complete",
     "generate": "genmed.tasks.complete",
     "load": "genmed.shape_model",

@@ -527,13 +527,16 @@ def generate_shapes(
     text: Annotated[str | None, typer.Option(help="What to draw, in words; default: anything.")] = None,
     count: Annotated[int, typer.Option("-n", help="Number of shapes.")] = 8,
     seed: Seed = 0,
+    file_format: Annotated[str, typer.Option("--format", help="Of the surfaces: stl, ply or glb.")] = "stl",
     as_json: Json = False,
 ) -> None:
-    """Draw shapes from words, as STL in mm around the origin, with generated.json."""
+    """Draw shapes from words, as surfaces in mm around the origin, with generated.json."""
     from genmed.shape_model import load_shapes
     from genmed.tasks.shapes import generate_files
 
-    facts = generate_files(load_shapes(model), out, count, text=text, seed=seed, command=_command_line())
+    facts = generate_files(
+        load_shapes(model), out, count, text=text, seed=seed, format=file_format, command=_command_line()
+    )
     _warn(facts, "some shapes have no known size: their structure had no scale in mm in training; units are arbitrary")
     lines = [
         f"{row['file']}: no known size"
@@ -707,14 +710,20 @@ def bench_shapes(
     from genmed.bench import shapes as completion
 
     chosen = [[name.strip() for name in text.split(",")] if text is not None else None for text in (kinds, methods)]
-    if table == "generation" and kinds is None:
+    if table == "generation":
+        others = {
+            "--kinds": kinds is not None, "--runs": runs is not None, "--minutes": minutes is not None,
+            "--tumours": tumours,
+        }  # fmt: skip
+        if given := [name for name, is_given in others.items() if is_given]:
+            raise GenMedError(f"{given[0]}: not for --table generation; leave it out.")
         generation.run(
             shapes, model, out, part=part, methods=chosen[1],
             count=generation.COUNT if cases is None else cases,
         )  # fmt: skip
         return
     if table != "completion":
-        raise GenMedError(f"--table {table}: choose completion, or generation, which has no --kinds.")
+        raise GenMedError(f"--table {table}: choose completion or generation.")
     if runs is None:
         raise GenMedError("--runs: completion has peers; name the folder that they are kept in.")
     completion.run(

@@ -13,6 +13,7 @@ from itertools import product
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from genmed.errors import GenMedError
 from genmed.space import Space, apply_matrices, overlap_matrix
@@ -109,7 +110,7 @@ def thicker(scan: Scan, mm: float, axis: int, gap: float = 0.0) -> Degraded:
             f"{spacing_mm:g} mm; choose at most {1 - 1 / ratio:.3g}."
         )
     matrices = [np.eye(n, dtype=np.float32) for n in grid.shape]
-    matrices[axis] = _profile(size, count, 1 - gap) if gap else overlap_matrix(size, count)
+    matrices[axis] = slice_profile(size, count, 1 - gap) if gap else overlap_matrix(size, count)
     step = np.eye(4)
     step[axis, axis], step[axis, 3] = ratio, (ratio - 1) / 2
     averages = _averaged(worse, lambda array: apply_matrices(array, matrices), grid.affine @ step)
@@ -133,14 +134,14 @@ def _averaged(worse: Degraded, average: Callable[[np.ndarray], np.ndarray], affi
     return Degraded(_moved(worse.scan, data, affine), observed)
 
 
-def _profile(size: int, count: int, share: float) -> np.ndarray:
-    """(count, size): averages over the middle `share` of each of `count` equal lengths."""
+def slice_profile(size: int, count: int, share: float) -> Float[np.ndarray, "count size"]:
+    """Averages of `size` voxels over the middle `share` (more than 0, at most 1) of each of `count` equal lengths."""
     ratio = size / count
     centres = (np.arange(count)[:, None] + 0.5) * ratio
     low, high = centres - ratio * share / 2, centres + ratio * share / 2
     edges = np.arange(size)
     overlap = np.maximum(np.minimum(high, edges + 1) - np.maximum(low, edges), 0)
-    overlap[overlap < 1e-6] = 0  # rounding: a slice must not look at a voxel that it only touches
+    overlap[overlap < 1e-6 * share] = 0  # rounding: a slice must not look at a voxel that it only touches
     return np.asarray(overlap / overlap.sum(axis=1, keepdims=True), dtype=np.float32)
 
 

@@ -122,21 +122,6 @@ def bias(order: int = 2, match: Match = none, ridge: float = 1e-3) -> Match:
     return fit
 
 
-def huber(delta: float, match: Match = none) -> Match:
-    """Bounded pull of outliers: beyond |r| = delta (in units of y) the gradient of `match` stays constant.
-
-    Written as a weighted residual, r √min(1, δ/|r|), whose gradient at the fit is Huber's (1964).
-    """
-
-    def fit(x: Tensor, y: Tensor, seen: Tensor, labels: Tensor | None = None) -> Residual:
-        residual = match(x, y, seen, labels)
-        with torch.no_grad():
-            weight = (delta / residual(x, labels).abs().clamp(min=delta)).sqrt()
-        return lambda x, labels: weight * residual(x, labels)
-
-    return fit
-
-
 def lncc(radius: int = 2, floor: float = 0.1) -> Match:
     """Another modality, local: r² = 1 − ρ², ρ the correlation of x and y in the window round each voxel.
 

@@ -10,8 +10,6 @@ from torch import Tensor
 Denoise = Callable[[Tensor, float], Tensor]
 Callback = Callable[[int, float, Tensor, Tensor], None]  # (step, sigma, z, z0_hat)
 
-STEPS, TRAVELS = 16, 3  # default of guided sampling with `time_travel`; docs/experiments.md says why
-
 
 def schedule(sigma_max: float, sigma_min: float, steps: int, rho: float = 7) -> Float[Tensor, " steps+1"]:
     """Noise levels σ_0 > … > σ_{steps-1} > σ_steps = 0 (EDM, arXiv 2206.00364, eq. 5), on the CPU."""

@@ -393,6 +393,15 @@ def _colour(value: int) -> tuple[float, float, float]:
     return colorsys.hsv_to_rgb(value * 0.618034 % 1.0, 0.65, 0.95)
 
 
+def read_label_names(path: PathLike) -> dict[int, str]:
+    """Label names by value in the header of a NIfTI file, no voxel read; {} where it has none or cannot be read."""
+    try:
+        header = nib.load(path).header
+    except (ImageFileError, HeaderDataError, EOFError, OSError, ValueError, zlib.error):
+        return {}
+    return _read_label_names(header) if isinstance(header, nib.nifti1.Nifti1Header) else {}
+
+
 def _read_label_names(header: Any) -> dict[int, str]:
     """Label names from a Caret XML extension; {} where there is none or it cannot be parsed."""
     for extension in header.extensions:

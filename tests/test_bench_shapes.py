@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -408,21 +409,25 @@ def test_what_is_told_is_left_out_where_it_is_unknown(data: ShapeDataset) -> Non
         (["--methods", "genmed,magic"], ["--methods magic", "pca"]),
         (["--cases", "0"], ["--cases 0"]),
         (["--table", "chairs"], ["--table chairs", "generation"]),
-        (["--table", "generation", "--cases", "1"], ["--cases 1", "2 shapes"]),
-        (["--table", "generation", "--methods", "pca"], ["--methods pca", "replay"]),
+        (["--table", "generation", "--runs", "", "--cases", "1"], ["--cases 1", "2 shapes"]),
+        (["--table", "generation", "--runs", "", "--methods", "pca"], ["--methods pca", "replay"]),
+        (["--table", "generation"], ["--runs: not for --table generation"]),
+        (["--table", "generation", "--runs", "", "--kinds", "one plane"], ["--kinds: not for --table generation"]),
+        (["--table", "generation", "--runs", "", "--minutes", "0"], ["--minutes: not for --table generation"]),
+        (["--table", "generation", "--runs", "", "--tumours", True], ["--tumours: not for --table generation"]),
         (["--shapes", "nowhere"], ["nowhere"]),
         (["--runs", ""], ["--runs", "completion"]),
     ],
 )
 def test_bad_options_give_one_line_and_no_file(
-    folder: Path, model: Path, tmp_path: Path, options: list[str], words: list[str]
+    folder: Path, model: Path, tmp_path: Path, options: list[Any], words: list[str]
 ) -> None:
     runs, out = str(tmp_path / "r"), str(tmp_path / "o")
-    chosen = {"--shapes": str(folder), "--model": str(model), "--runs": runs, "--out": out}
+    chosen: dict[str, Any] = {"--shapes": str(folder), "--model": str(model), "--runs": runs, "--out": out}
     chosen |= dict(zip(options[::2], options[1::2], strict=True))
     chosen = {name: value for name, value in chosen.items() if value}
-    result = CliRunner().invoke(app, ["bench", "shapes", *(word for pair in chosen.items() for word in pair)])
-    failed_in_one_line(result, *words)
+    given = [word for pair in chosen.items() for word in pair if word is not True]  # flags
+    failed_in_one_line(CliRunner().invoke(app, ["bench", "shapes", *given]), *words)
     assert not list(tmp_path.iterdir())
 
 

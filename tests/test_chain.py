@@ -27,6 +27,7 @@ from genmed.errors import GenMedError
 from genmed.hub import Model
 from genmed.shape_model import ShapeModel, load_shapes
 from genmed.tasks import chain as task
+from genmed.tasks import view
 from genmed.tasks.chain import Structure, completed, divided, joined, seen_slices, structures_of
 from genmed.tasks.segment import Interval, Segmentation
 from genmed.volume import Grid, Volume, read_labels
@@ -69,6 +70,7 @@ def segmented(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     def segment(model: Model, scan: Volume, *, observed: Volume | None, seed: int, **asked: Any) -> Segmentation:
         chosen["asked"] = asked
+        observed = view.seen_slices(scan)[0] if observed is None else observed
         inside = kidney() if observed is None else kidney() & (observed.data[0] != 0)
         stone = np.zeros_like(inside)
         stone[30:33, 30:33, 30:33] = True
@@ -267,16 +269,20 @@ def test_the_command_writes_what_segment_does_and_says_what_was_kept(
     assert fine.exit_code == 0 and (tmp_path / "fine.nii.gz.manifest.json").is_file()
 
 
+@pytest.mark.parametrize("given", [True, False])
 def test_a_page_shows_the_segmentation_alone_beside_its_completion(
-    files: tuple[Path, Path, Path], tiny_shapes_model: Path, segmented: dict[str, Any], tmp_path: Path
+    files: tuple[Path, Path, Path], tiny_shapes_model: Path, segmented: dict[str, Any], tmp_path: Path, given: bool
 ) -> None:
     path, seen, model = files
+    if not given:  # slices that were found empty by themselves
+        Volume(scan().data * few_slices(), AFFINE).save(path)
     truth = np.where(kidney(), 1, 0).astype(np.uint8)
     truth[30:33, 30:33, 30:33] = 5
     Volume(truth[None], AFFINE).save(tmp_path / "truth.nii.gz")
     page, out = tmp_path / "page.html", tmp_path / "out.nii.gz"
-    result = genmed("chain", path, "--segment", model, "--complete", tiny_shapes_model, "--observed", seen,
-                    "--shapes", 1, "--out", out, "--page", page, "--truth", tmp_path / "truth.nii.gz")  # fmt: skip
+    result = genmed("chain", path, "--segment", model, "--complete", tiny_shapes_model, "--shapes", 1,
+                    "--out", out, "--page", page, "--truth", tmp_path / "truth.nii.gz",
+                    *(("--observed", seen) if given else ()))  # fmt: skip
     assert result.exit_code == 0, result.output
     scene = scene_of(page.read_text("utf-8"))
     alone, completed = figures_of(page.read_text("utf-8"))
@@ -284,8 +290,18 @@ def test_a_page_shows_the_segmentation_alone_beside_its_completion(
     found[30:33, 30:33, 30:33] = 5
     assert alone["Dice"] == f"{dice(found != 0, truth != 0):.3f}"
     assert completed["Dice"] == f"{dice(read_labels(out).data[0] != 0, truth != 0):.3f}" > "0.8" > alone["Dice"]
+    assert 0 < float(alone["UHD ×100"]) < 5  # of the truth's points in seen slices
     assert [np.unique(np.array(plane)[:, 2]).tolist() for plane in scene["planes"]] == [[24], [48], [72], [96]]
     assert scene["ghost"] and "stone" in page.read_text("utf-8")
+
+
+def test_seen_slices_are_drawn_where_they_lie_whatever_the_grid_of_the_labels() -> None:
+    fine = np.diag([2.0, 2, 2, 1])
+    fine[:3, 3] = -1
+    labels = Volume(kidney().repeat(2, 0).repeat(2, 1).repeat(2, 2)[None].astype(np.uint8), fine)
+    page = task.chain_page(labels, labels, Volume(few_slices()[None].astype(np.uint8), AFFINE), title="fine")
+    planes = scene_of(page)["planes"]
+    assert [np.unique(np.array(plane)[:, 2]).tolist() for plane in planes] == [[24], [48], [72], [96]]
 
 
 def test_of_neighbouring_slices_the_first_and_the_last_are_drawn() -> None:

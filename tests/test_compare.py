@@ -14,9 +14,10 @@ from test_comparison import NASTY, ball, scene_of, unpacked
 
 from genmed import mesh as meshes
 from genmed.errors import GenMedError
+from genmed.files import write_bytes
 from genmed.mesh import Mesh, save_mesh
 from genmed.tasks import compare
-from genmed.tasks.compare import _titles, compare_files, inside, overlap, read_shape, surface
+from genmed.tasks.compare import Surfaces, _titles, compare_files, inside, overlap, read_shape, shapes_page, surface
 from genmed.volume import Volume, read_labels
 
 AFFINE = np.array([[-1.5, 0, 0, 40], [0, 1, 0, -7], [0, 0, 2.0, 3], [0, 0, 0, 1]])
@@ -152,9 +153,24 @@ def test_figures_of_label_maps_are_those_of_their_voxels(tmp_path: Path) -> None
     found = figures(compare_files(files, tmp_path / "page.html", files[0]))
     expected = 2 * (truth & other).sum() / (truth.sum() + other.sum())
     assert [each["Dice"] for each in found] == ["1.000", f"{expected:.3f}"]
-    assert float(found[0]["Chamfer ×100"]) == float(found[0]["UHD ×100"]) == 0
+    assert float(found[0]["Chamfer ×100"]) == float(found[0]["UHD ×100, whole truth"]) == 0
     assert found[0]["Volume"] == f"{truth.sum() * 3 / 1000:.3g} ml"
-    assert 7 < float(found[1]["UHD ×100"]) < 14  # moved by 3 mm of 24 mm
+    assert 7 < float(found[1]["UHD ×100, whole truth"]) < 14  # moved by 3 mm of 24 mm
+
+
+def test_uhd_asks_for_what_was_seen_where_that_is_known(tmp_path: Path) -> None:
+    truth, half = voxel_ball(12), voxel_ball(12)
+    half[:, :, 12:] = 0  # z of 27 mm and more
+    shapes = [Surfaces(name, Volume(data[None], AFFINE)) for name, data in (("truth", truth), ("half", half))]
+
+    def uhd_of(seen: Any, name: str) -> float:
+        page = shapes_page([("half", shapes[1])], shapes[0], title="half", seen=seen)
+        write_bytes(tmp_path / "page.html", page.encode())
+        return float(figures(tmp_path / "page.html")[0][name])
+
+    assert uhd_of(lambda points: points[:, 2] < 22, "UHD ×100") < 7
+    whole = uhd_of(None, "UHD ×100, whole truth")
+    assert 45 < whole == uhd_of(lambda points: points[:, 2] > 100, "UHD ×100")  # none was seen
 
 
 def test_figures_do_not_depend_on_the_unit_length_or_the_kind_of_file(tmp_path: Path) -> None:

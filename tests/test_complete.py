@@ -389,7 +389,8 @@ def test_a_truth_is_a_ghost_and_measures_both_columns(part: Path, folder: Path, 
     slabs = planes_of(gm.read_labels(part), {"axial": [14], "coronal": [18], "sagittal": [17]}) & kidney()
     assert seen["Dice"] == f"{dice(slabs, kidney()):.3f}"
     assert completed["Dice"] == f"{dice(gm.read_labels(out).data[0] != 0, kidney()):.3f}" > "0.85"
-    assert float(completed["UHD ×100"]) < float(seen["UHD ×100"]) and "Chamfer ×100" in seen
+    assert float(completed["Chamfer ×100"]) < float(seen["Chamfer ×100"])
+    assert 0 < float(seen["UHD ×100"]) < 4  # of the truth's points in the planes
     assert not any("Dice" in column for column in figures_of(plain))
     assert json.loads((tmp_path / "out.manifest.json").read_text())["truth"] == str(part)
 
@@ -400,11 +401,24 @@ def test_a_page_of_a_surface_shows_matter_that_does_not_belong(planes: list[str]
     kidney = Mesh(ball(1.0).vertices * radii + [200.0, -30, 70], ball(1.0).faces)
     save_mesh(together(kidney, ball(16.0, (255, -30, 70))), tmp_path / "part.stl")
     page = tmp_path / "page.html"
-    result = genmed("complete", tmp_path / "part.stl", "--model", folder, "--out", tmp_path / "out.stl", "--samples", 1,
-                    "--page", page, *planes)  # fmt: skip
+    part = tmp_path / "part.stl"
+    result = genmed("complete", part, "--model", folder, "--out", tmp_path / "out.stl", "--samples", 1,
+                    "--page", page, "--truth", part, *planes)  # fmt: skip
     assert result.exit_code == 0, result.output
     seen, completed = matter_of(page.read_text("utf-8"))
     assert (REDUNDANT in seen) == (not planes) and OBSERVED in seen and REDUNDANT not in completed
+    assert float(figures_of(page.read_text("utf-8"))[0]["UHD ×100"]) < 1  # of the truth's points in what was seen
+
+
+def test_what_was_seen_of_a_surface_lies_in_its_mask_or_near_its_planes(tmp_path: Path) -> None:
+    mask = np.zeros((1, 4, 4, 4), np.uint8)
+    mask[..., 0] = 1
+    Volume(mask, np.eye(4)).save(tmp_path / "mask.nii.gz")
+    cue = cue_of_labels(kidney(), np.eye(4))
+    looked = shapes._looked_at(None, None, cue, {"axial": [10.0]}, tmp_path / "mask.nii.gz")
+    points = np.array([[0, 0, 0.4], [0, 0, 0.6], [-1, 0, 0], [9, 9, 10.4], [9, 9, 10.6]])
+    assert looked(points).tolist() == [True, False, False, True, False]
+    assert shapes._looked_at(None, None, cue, {}, None)(points).all()
 
 
 @pytest.mark.parametrize(
@@ -434,11 +448,13 @@ def test_a_side_that_a_structure_has_not_is_left_out(blank: ShapeModel) -> None:
     assert torch.equal(found, embed(["kidney"])[0])
 
 
-def test_generate_writes_surfaces_and_what_they_are(folder: Path, tmp_path: Path) -> None:
-    result = genmed("generate", "--model", folder, "--text", "left kidney", "-n", 3, "--out", tmp_path / "made")
+@pytest.mark.parametrize("chosen", [[], ["--format", "ply"], ["--format", "glb"]])
+def test_generate_writes_surfaces_and_what_they_are(folder: Path, tmp_path: Path, chosen: list[str]) -> None:
+    options = ["--model", folder, "--text", "left kidney", "-n", 3, "--out", tmp_path / "made", *chosen]
+    result = genmed("generate", *options)
     assert result.exit_code == 0, result.output
     rows = json.loads((tmp_path / "made" / "generated.json").read_text())["shapes"]
-    assert len(rows) == 3
+    assert [Path(row["file"]).suffix for row in rows] == [f".{chosen[-1] if chosen else 'stl'}"] * 3
     for row in rows:
         assert read_mesh(tmp_path / "made" / row["file"]).volume_ml == pytest.approx(row["volume_ml"], rel=0.01)
 
@@ -476,10 +492,10 @@ def test_bad_options_give_one_line_and_no_file(
 def test_fewer_shapes_leave_none_of_an_earlier_run(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "shape-0002.stl.txt").write_text("mine")
     (tmp_path / "shape-0009.stl").write_text("mine, too")
-    for count in (3, 1):
-        assert genmed("generate", "--model", folder, "-n", count, "--out", tmp_path).exit_code == 0
+    for count, *chosen in ((3,), (2, "--format", "glb"), (1, "--format", "ply")):
+        assert genmed("generate", "--model", folder, "-n", count, "--out", tmp_path, *chosen).exit_code == 0
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["generated.json", "shape-0000.stl", "shape-0002.stl.txt", "shape-0009.stl"]
+    assert names == ["generated.json", "shape-0000.ply", "shape-0002.stl.txt", "shape-0009.stl"]
 
 
 def test_the_input_is_never_overwritten(part: Path, folder: Path, tmp_path: Path) -> None:
@@ -588,6 +604,8 @@ def test_bad_parts_give_one_line(folder: Path, tmp_path: Path) -> None:
         failed_in_one_line(genmed("complete", path, "--model", folder, "--out", tmp_path / "out.stl", *options), words)
     failed_in_one_line(genmed("generate", "--model", folder, "--out", empty), "give a folder")
     failed_in_one_line(genmed("generate", "--model", folder, "--out", tmp_path / "x", "-n", 0), "-n 0")
+    failed_in_one_line(genmed("generate", "--model", folder, "--out", tmp_path / "x", "--format", "obj"), "stl, ply")
+    assert not (tmp_path / "x").exists()
 
 
 def test_planes_are_read_as_they_are_written() -> None:

@@ -26,12 +26,13 @@ from genmed.degrade import (
     lying_header,
     missing_block,
     rician_noise,
+    slice_profile,
     tent,
     thicker,
 )  # fmt: skip
 from genmed.errors import GenMedError
 from genmed.space import apply_matrices
-from genmed.tasks.view import View, slice_profile
+from genmed.tasks.view import View
 from genmed.volume import Volume, read
 
 PLAN = replace(tiny.PLAN, labels=("background", "front"), label_values=(0, 1))
@@ -183,7 +184,7 @@ def test_segment_is_told_the_profile_that_made_the_slices(size: int, count: int,
     fine = scan((4, 3, size))
     worse = thicker(fine, 1.03 * size / count, axis=2, gap=gap)  # "about": the field of view holds whole slices
     assert worse.scan.grid.shape == (4, 3, count)
-    profile = slice_profile(size, count, worse.slice_thickness_mm, size / count)
+    profile = slice_profile(size, count, 1 - gap)
     np.testing.assert_allclose(worse.scan.data, fine.data @ profile.T, atol=1e-5)
     view = View.of(PLAN, worse.scan, **worse.options)
     y = apply_matrices(torch.from_numpy(fine.data), view.matrices).numpy()

@@ -15,6 +15,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from typer.main import get_command
 
+import genmed
+
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 DEVICE_PACKAGES = ("nvidia-", "triton", "cuda-")  # what torch requires depends on its build
@@ -123,6 +125,13 @@ def test_documents_are_how_to_reference_and_explanation() -> None:
         assert pages
         readme = (ROOT / "README.md").read_text()
         assert all(f"docs/{kind}/{page.name}" in readme for page in pages)
+
+
+def test_every_task_is_a_function_of_the_package() -> None:
+    assert {"segment", "restore", "translate", "complete", "chain", "generate"} <= set(genmed.__all__)
+    assert all(getattr(genmed, name).__name__ == name for name in genmed.__all__)
+    declared = re.findall(r"^    from (\S+) import \w+ as (\w+)$", Path(genmed.__file__).read_text(), re.MULTILINE)
+    assert {name: home for home, name in declared} == genmed._HOME
 
 
 def test_command_line_reference_names_every_command_and_option() -> None:

@@ -34,7 +34,7 @@ from genmed.tasks import run
 from genmed.tasks.restore import Restoration, line, restore, save_synthetic, translate
 from genmed.tasks.run import RestoreOptions, restore_files, segment_files, translate_files
 from genmed.tasks.segment import Segmentation, segment
-from genmed.tasks.view import between_slices, slice_profile
+from genmed.tasks.view import View, between_slices
 from genmed.volume import Volume
 
 Call = dict[str, Any]
@@ -238,8 +238,9 @@ def test_slices_are_taken_to_be_as_thick_in_all_samples_as_in_the_first(
     restore(MODEL, picture((12, 12, 12)), samples=3)
     later = math.inf if found is None else found
     assert [call["slice_thickness_mm"] for call in fake.calls] == [None, later, later]
-    whole, infinite = (slice_profile(12, 3, thickness_mm, 4.0) for thickness_mm in (None, math.inf))
-    assert np.array_equal(whole, infinite)
+    thick = Volume(picture((12, 12, 3)).data, np.diag([1.0, 1, 4, 1]))
+    whole, infinite = (View.of(MODEL.plan, thick, slice_thickness_mm=mm).matrices for mm in (None, math.inf))
+    assert all(map(torch.equal, whole, infinite)) and whole[2].shape == (3, 12)
 
 
 def test_automatic_match_of_a_translation_can_turn_the_contrast_round(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from genmed.cli import app
+from genmed.degrade import slice_profile
 from genmed.denoiser import Denoiser, build
 from genmed.errors import GenMedError
 from genmed.hub import Card, Model, save_model
@@ -29,7 +30,7 @@ from genmed.tasks.segment import (
     observed_share,
     segment,
 )
-from genmed.tasks.view import SIGMA_Y, View, _fill_hidden, noise_level, seen_slices, slice_profile
+from genmed.tasks.view import SIGMA_Y, View, _fill_hidden, noise_level, seen_slices
 from genmed.volume import Volume
 
 PLAN = replace(tiny.PLAN, label_values=(0, 1, 5))
@@ -393,14 +394,14 @@ def test_a_result_of_a_corner_of_the_scan_is_doubtful_in_every_mode(model: Model
 @settings(max_examples=50, deadline=None)
 def test_slice_profiles_are_averages_and_full_slices_are_overlaps(n_y: int, ratio: int, share: float) -> None:
     n_model = n_y * ratio
-    thin = slice_profile(n_model, n_y, share * ratio, float(ratio))
+    thin = slice_profile(n_model, n_y, share)
     np.testing.assert_allclose(thin.sum(axis=1), 1, rtol=1e-5)
     assert (thin >= 0).all()
-    np.testing.assert_allclose(slice_profile(n_model, n_y, None, float(ratio)), overlap_matrix(n_model, n_y), atol=1e-6)
+    np.testing.assert_allclose(slice_profile(n_model, n_y, 1.0), overlap_matrix(n_model, n_y), atol=1e-6)
 
 
 def test_thin_slices_see_only_their_middle() -> None:
-    profile = slice_profile(8, 2, 2.0, 4.0)
+    profile = slice_profile(8, 2, 0.5)
     assert profile.tolist() == [[0, 0.5, 0.5, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0.5, 0.5, 0]]
 
 

@@ -4,12 +4,14 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from real import real_set
 
 from genmed.data.shapes import sources
 from genmed.data.shapes.sources import find_items, plain, sided
 from genmed.errors import GenMedError
+from genmed.volume import Volume
 
 
 def touch(path: Path, text: str = "") -> None:
@@ -105,6 +107,26 @@ def test_label_maps_with_names_give_a_shape_per_class_and_a_subject_per_file(tmp
         for subject in ("a", "b.x")
         for rest in (("cerebrospinal fluid", "", (2,)), ("kidney", "left", (7,)))
     ]
+
+
+def test_results_with_names_in_their_headers_need_no_labels_json(tmp_path: Path) -> None:
+    data = np.zeros((1, 4, 4, 4), np.uint8)
+    Volume(data, np.eye(4), {0: "background", 5: "kidney_left"}).save(tmp_path / "a.nii.gz")
+    Volume(data, np.eye(4), {0: "background", 2: "CSF", 3: ""}).save(tmp_path / "b.nii.gz")
+    Volume(data.astype(np.float32), np.eye(4)).save(tmp_path / "b.probabilities.nii.gz")
+    touch(tmp_path / "broken.nii.gz", "no gzip")
+    listing = find_items(tmp_path)
+    found = [(item.subject, item.category, item.side, item.values) for item in listing.items]
+    assert found == [("a", "kidney", "left", (5,)), ("b", "cerebrospinal fluid", "", (2,))]
+    assert [(path.name, why[:22]) for path, why in listing.left_out] == [
+        ("b.probabilities.nii.gz", "its header names no la"),
+        ("broken.nii.gz", "its header names no la"),
+    ]
+    touch(tmp_path / "labels.json", json.dumps({"5": "spleen"}))
+    assert {(item.subject, item.category) for item in find_items(tmp_path).items} >= {("a", "spleen"), ("b", "spleen")}
+    (tmp_path / "labels.json").unlink()
+    touch(tmp_path / "liver.stl")
+    assert [item.path.name for item in find_items(tmp_path).items] == ["liver.stl"]
 
 
 @pytest.mark.parametrize("names", [{"1": "a", "b": 1}, {"liver": "one"}, {"1": ["liver"]}, {"liver": True}])

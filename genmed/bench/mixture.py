@@ -18,9 +18,10 @@ from torch import Tensor
 from genmed.fields import Field, Fields
 from genmed.guide import guided
 from genmed.observe import Identity, Mask, Observation, Operator, downsample, voxels
-from genmed.samplers import STEPS, TRAVELS, Denoise, euler, heun, noise, schedule, seeded, time_travel
+from genmed.samplers import Denoise, euler, heun, noise, schedule, seeded, time_travel
 
 SIZE = 16
+STEPS, TRAVELS = 16, 3  # noise levels, and travels, of the default here; docs/experiments.md says why
 FIELDS = Fields(Field("image", "continuous", ("image",)), Field("shape", "continuous", ("shape",)))
 
 

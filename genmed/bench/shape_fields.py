@@ -44,7 +44,7 @@ from genmed.nets.autoencoder import lower
 from genmed.nets.unet import UNet
 from genmed.plan import NORM_GROUPS, PRESETS, strides
 from genmed.pose import Posed
-from genmed.samplers import STEPS, euler, noise, schedule, seeded
+from genmed.samplers import euler, noise, schedule, seeded
 from genmed.shape import Shape
 from genmed.shape_model import ShapeModel, load_shapes
 from genmed.tasks.complete import POSED_BELOW, RELAX, believed, complete, honoured, shapes_at, starts
@@ -54,6 +54,7 @@ from genmed.train_shapes import SIDE, VERSIONS, lowered
 VERSION = 1     # raise it whenever the explicit field changes: nothing of an older one is used again
 KINDS = ("three planes", "half missing")
 SAMPLES = 4     # of either field, averaged
+STEPS = 16      # noise levels of a trajectory of the explicit field
 PRESET = PRESETS["small"]
 SIGMA_MAX, START_SIGMA, SIGMA_MIN = 40.0, 10.0, 0.02  # in the units of codes, see `Scale`
 FIELDS = Fields(Field("shape", "continuous", ("distance",)))

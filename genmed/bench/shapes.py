@@ -34,14 +34,13 @@ from genmed.mesh import surface
 from genmed.metrics import bootstrap_interval, dice, nsd
 from genmed.progress import track
 from genmed.shape import Shape, decode
-from genmed.shape_metrics import POINTS, chamfer, sample_surface, to_unit_box, uhd
+from genmed.shape_metrics import DENSE_POINTS, POINTS, chamfer, sample_surface, to_unit_box, uhd
 from genmed.shape_model import load_shapes
 from genmed.tasks.complete import Completion
 from genmed.volume import Grid
 
 COUNT = 100            # shapes of the part
 UNSEEN = 5             # one shape of an unseen structure for so many of them
-SEEN_POINTS = 8192     # on the true surface, of which those that were seen are looked at
 METRICS = {  # title, digits, whether less is better
     "dice": ("Dice", 3, False),
     "cd": ("Chamfer distance × 100", 3, True),
@@ -238,7 +237,7 @@ def truth_of(shape: Shape) -> Truth:
     """What every completion of a shape is compared with."""
     whole = surface(shape.distance, np.eye(4))
     return Truth(
-        shape, whole.vertices, sample_surface(whole, POINTS, seed=3), sample_surface(whole, SEEN_POINTS, seed=2)
+        shape, whole.vertices, sample_surface(whole, POINTS, seed=3), sample_surface(whole, DENSE_POINTS, seed=2)
     )
 
 
@@ -256,7 +255,7 @@ def score(found: Sequence[Shape], truth: Truth, seen: Bool[np.ndarray, "n n n"],
     inside, true = distance < 0, np.pad(truth.shape.sdf < 0, margin)
     if inside.any():
         points = sample_surface(surface(distance, affine), POINTS, seed=1)
-        densely = sample_surface(surface(distance, affine), SEEN_POINTS, seed=1)
+        densely = sample_surface(surface(distance, affine), DENSE_POINTS, seed=1)
     else:
         middle = (cue.box_mm.mean(axis=0) - truth.shape.origin_mm) / truth.shape.voxel_mm
         points = densely = np.tile(middle, (2, 1))

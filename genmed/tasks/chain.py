@@ -1,6 +1,6 @@
 """Segment, then complete: each structure of a degraded scan, completed from what its segmentation is sure of.
 
-    found = chain(gm.load("heart-mr"), gm.load("shapes"), scan, observed=mask)
+    found = gm.chain(gm.load("heart-mr"), gm.load("shapes"), scan, observed=mask)
     found.segmentation.labels.save("labels.nii.gz")
 
 Voxels that were seen and are surely inside or outside of a structure are its cue, and stay as they are. Elsewhere the
@@ -30,6 +30,7 @@ from genmed.shape_model import ShapeModel
 from genmed.space import Space, on_grid
 from genmed.tasks.compare import Surfaces, read_truth, shapes_page, surfaces_of
 from genmed.tasks.complete import Completion, complete
+from genmed.tasks.region import seen_at
 from genmed.tasks.run import Made, Options, Outcome, Task, made_of, run_cases
 from genmed.tasks.segment import Progress, Segmentation, segment
 from genmed.volume import Grid, Volume
@@ -377,10 +378,10 @@ def _chained(
     if page is not None:
         alone = complete_all(
             completer, segmenter.plan, scan, found.before, (),
-            grid=options.grid, observed=observed, roi_mm=options.roi_mm,
+            grid=options.grid, observed=found.before.observed, roi_mm=options.roi_mm,
         )  # fmt: skip
-        labels = found.segmentation.labels
-        html = chain_page(alone.segmentation.labels, labels, observed, truth, title=f"{id}, segmented and completed")
+        labels, title = found.segmentation.labels, f"{id}, segmented and completed"
+        html = chain_page(alone.segmentation.labels, labels, found.before.observed, truth, title=title)
         files["nii.gz"] = partial(_save_both, page, html, labels)
     return replace(made, files=files, facts=made.facts | facts)
 
@@ -398,7 +399,7 @@ def chain_page(
 ) -> str:
     """The segmentation alone beside its completion, with the slices that were seen, against a truth.
 
-    Raises `GenMedError` where nothing was found.
+    `observed` is a mask on any grid; without it, all was seen. Raises `GenMedError` where nothing was found.
     """
     if not (alone.data.any() and completed.data.any()):
         raise GenMedError("no structure was found, so there is nothing to show; leave out --page.")
@@ -407,7 +408,13 @@ def chain_page(
     if observed is not None:
         vertices = np.concatenate([shape.mesh.vertices for shape in shapes])
         planes = [slice_corners(observed.affine, axis, at, vertices) for axis, at in seen_slices(observed.data[0] != 0)]
-    return shapes_page([(shape.name, shape) for shape in shapes], truth, title=title, planes=planes)
+
+    def seen(points: Float[np.ndarray, "n 3"]) -> Bool[np.ndarray, " n"]:
+        if observed is None:
+            return np.ones(len(points), bool)
+        return seen_at(points, observed.data[0] != 0, observed.affine)[0]
+
+    return shapes_page([(shape.name, shape) for shape in shapes], truth, title=title, planes=planes, seen=seen)
 
 
 def seen_slices(seen: Bool[np.ndarray, "x y z"]) -> list[tuple[int, int]]:

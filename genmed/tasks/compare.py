@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ from genmed.files import require_room, write_bytes
 from genmed.mesh import MESH_SUFFIXES, Mesh, merged, read_mesh, require_libraries, winding
 from genmed.mesh import surface as zero_level
 from genmed.metrics import dice
-from genmed.shape_metrics import POINTS, chamfer, sample_surface, to_unit_box, uhd
+from genmed.shape_metrics import DENSE_POINTS, POINTS, chamfer, sample_surface, to_unit_box, uhd
 from genmed.volume import PathLike, Volume, read_labels, require_same_grid
 
 STEPS = 96  # along the longest side of the truth's box, for Dice
@@ -24,12 +24,19 @@ LARGEST = 5  # times the truth: beyond, something is wrong, and the voxels would
 MAX_LABELS = 256  # a file with more values is no label map
 
 NOTES = (
-    f"Chamfer and UHD compare {POINTS} points on each surface, in coordinates in which the longest side of the truth's "
-    "box is 1. Chamfer: the mean squared distance to the closest point of the other surface, both ways added up. "
-    "UHD (unidirectional Hausdorff): the largest distance from a point of the truth to the shape. Both are times 100.",
+    f"Chamfer compares {POINTS} points on each surface, UHD {DENSE_POINTS}, in coordinates in which the longest side "
+    "of the truth's box is 1; both are times 100. Chamfer: the mean squared distance to the closest point of the other "
+    "surface, both ways added up.",
     "Dice: the overlap 2|A∩B| / (|A| + |B|) of the volumes, on the voxels of the files where shape and truth share a "
     f"grid, else on a lattice of {STEPS} points along the longest side of the truth.",
 )
+UHD_NOTES = {
+    True: "UHD (unidirectional Hausdorff): the largest distance to the shape from a point of the truth that lies in "
+    "what was seen, as in published tables; from any point of it where none does.",
+    False: "UHD (unidirectional Hausdorff): the largest distance from any point of the truth to the shape. Published "
+    "tables take the points that were seen; these files do not tell which.",
+}
+Seen = Callable[[Float[np.ndarray, "n 3"]], Bool[np.ndarray, " n"]]  # which points in mm lie in what was seen
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,17 +85,21 @@ def shapes_page(
     *,
     title: str,
     planes: Sequence[Float[np.ndarray, "4 3"]] = (),
+    seen: Seen | None = None,
 ) -> str:
-    """The page of shapes with their titles, coloured by label where there are 2 to 7 names, against a truth."""
+    """The page of shapes with their titles, coloured by label where there are 2 to 7 names, against a truth.
+
+    UHD is that of the truth's points in what was `seen` or, where that is not known, of all.
+    """
     names = list(dict.fromkeys(name for _, shape in shapes for name in shape.values if name))
     coloured = 2 <= len(names) <= len(COLOURS)
     return comparison_page(
-        [_column(heading, shape, truth, names if coloured else []) for heading, shape in shapes],
+        [_column(heading, shape, truth, names if coloured else [], seen) for heading, shape in shapes],
         title=title,
         truth=truth.mesh if truth else None,
         planes=planes,
         classes=names if coloured else (),
-        notes=NOTES if truth else (),
+        notes=_notes(seen) if truth else (),
     )
 
 
@@ -102,26 +113,31 @@ def completion_page(
     title: str,
     residual_mm: float,
     truth: Surfaces | None = None,
+    seen: Seen | None = None,
 ) -> str:
     """The page of a completion: what was seen of PART beside `whole`, with cutting planes, against a truth.
 
     The completion is `OBSERVED` within `fine_mm` of what was seen. Of a doubtful part, what lies further outside of the
-    completion than that is `REDUNDANT`.
+    completion than that is `REDUNDANT`. UHD is that of the truth's points in what was `seen`.
     """
-    seen = np.full(len(part.mesh.vertices), OBSERVED, np.uint8)
+    kinds = np.full(len(part.mesh.vertices), OBSERVED, np.uint8)
     if doubtful:
         outside = winding(whole.mesh, part.mesh.vertices) < 0.5
-        seen[outside & (_apart(part.mesh.vertices, whole.mesh) > fine_mm)] = REDUNDANT
+        kinds[outside & (_apart(part.mesh.vertices, whole.mesh) > fine_mm)] = REDUNDANT
     completed = np.where(_apart(whole.mesh.vertices, part.mesh) <= fine_mm, OBSERVED, UNOBSERVED).astype(np.uint8)
-    first, second = (_column(shape.name, shape, truth, ()) for shape in (part, whole))
+    first, second = (_column(shape.name, shape, truth, (), seen) for shape in (part, whole))
     figures = {**second.figures, "Residual": f"{residual_mm:.2f} mm"}
     return comparison_page(
-        [replace(first, classes=seen), replace(second, classes=completed, figures=figures)],
+        [replace(first, classes=kinds), replace(second, classes=completed, figures=figures)],
         title=title,
         truth=truth.mesh if truth else None,
         planes=planes,
-        notes=NOTES if truth else (),
+        notes=_notes(seen) if truth else (),
     )
+
+
+def _notes(seen: Seen | None) -> tuple[str, ...]:
+    return (*NOTES, UHD_NOTES[seen is not None])
 
 
 def _apart(points: Float[np.ndarray, "n 3"], mesh: Mesh) -> Float[np.ndarray, " n"]:
@@ -155,8 +171,10 @@ def read_truth(page: Path | None, truth: PathLike | None, out: Path) -> Surfaces
     return read_shape(path)
 
 
-def _column(title: str, shape: Surfaces, truth: Surfaces | None, names: Sequence[str]) -> Column:
-    figures = {**_volume(shape), **(_figures(shape, truth) if truth else {})}
+def _column(
+    title: str, shape: Surfaces, truth: Surfaces | None, names: Sequence[str], seen: Seen | None
+) -> Column:
+    figures = {**_volume(shape), **(_figures(shape, truth, seen) if truth else {})}
     is_open = truth is not None and not (shape.mesh.is_closed and truth.mesh.is_closed)
     note = "An open surface: Dice is that of what its faces go round, and is approximate." if is_open else ""
     if not names:
@@ -245,16 +263,19 @@ def _volume(shape: Surfaces) -> dict[str, str]:
     return {"Volume": f"{abs(shape.mesh.volume_ml):.3g} ml"} if shape.mesh.is_closed else {}
 
 
-def _figures(shape: Surfaces, truth: Surfaces) -> dict[str, str]:
+def _figures(shape: Surfaces, truth: Surfaces, seen: Seen | None) -> dict[str, str]:
     mesh, whole = shape.mesh, truth.mesh
     ratio = mesh.extent_mm / whole.extent_mm
     if ratio > LARGEST:
         raise GenMedError(f"{shape.name}: {ratio:.3g} times as large as the truth {truth.name}; give both in mm.")
     a, b = (to_unit_box(sample_surface(each), whole.vertices) for each in (mesh, whole))
+    dense = sample_surface(whole, DENSE_POINTS)
+    part = dense if seen is None or not (kept := seen(dense)).any() else dense[kept]
+    c, d = (to_unit_box(points, whole.vertices) for points in (part, sample_surface(mesh, DENSE_POINTS)))
     return {
         "Dice": f"{_dice(shape, truth):.3f}",
         "Chamfer ×100": f"{100 * chamfer(a, b):.3g}",
-        "UHD ×100": f"{100 * uhd(part=b, whole=a):.3g}",
+        "UHD ×100" + (", whole truth" if seen is None else ""): f"{100 * uhd(part=c, whole=d):.3g}",
     }
 
 

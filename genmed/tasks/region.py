@@ -54,7 +54,7 @@ def cue_of_region(mesh: Mesh, mask: Volume, *, doubtful: bool = False, seed: int
     known = _in_sight(points, closest, away, seen, affine)
     parts = label(seen[box])[0]
     own = parts[tuple(places.T)]
-    middles = _seen_at(shown.vertices[shown.faces].mean(axis=1), seen, affine)[1] - first
+    middles = seen_at(shown.vertices[shown.faces].mean(axis=1), seen, affine)[1] - first
     apart = ~np.isin(own, parts[tuple(middles.T)])
     names, one, which = np.unique(own[apart], return_index=True, return_inverse=True)
     if len(names):
@@ -90,7 +90,7 @@ def _shown(mesh: Mesh, seen: Bool[np.ndarray, "x y z"], affine: np.ndarray, fine
         small.append((pieces[fine], origin[fine]))
         pieces, origin = _quartered(pieces[~fine]), np.repeat(origin[~fine], 4)
     pieces, origin = (np.concatenate(part) for part in zip(*small, strict=True))
-    kept = _seen_at(pieces.mean(axis=1), seen, affine)[0] if len(pieces) else np.zeros(0, bool)
+    kept = seen_at(pieces.mean(axis=1), seen, affine)[0] if len(pieces) else np.zeros(0, bool)
     if not kept.any():
         raise GenMedError("mask and surface do not meet: none of it lies in a seen voxel; give both in the same mm.")
     met, which = np.unique(origin[kept], return_inverse=True)
@@ -134,7 +134,7 @@ def _in_sight(
     share = np.clip(1 - voxel / np.maximum(away, 1e-9), 0, None)
     found = np.ones(len(points), bool)
     for part in np.linspace(0, 1, ON_THE_WAY):
-        found &= _seen_at(points + (part * share)[:, None] * (closest - points), seen, affine)[0]
+        found &= seen_at(points + (part * share)[:, None] * (closest - points), seen, affine)[0]
     return found
 
 
@@ -142,8 +142,8 @@ def _index(points: np.ndarray, affine: np.ndarray) -> np.ndarray:
     return (points - affine[:3, 3]) @ np.linalg.inv(affine[:3, :3]).T
 
 
-def _seen_at(points: np.ndarray, seen: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Whether points lie in seen voxels, and the numbers of these."""
+def seen_at(points: np.ndarray, seen: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Whether points in mm (n, 3) lie in seen voxels (x, y, z), and the numbers of these, of others the closest."""
     index = np.rint(_index(points, affine)).astype(int)
     held = np.clip(index, 0, np.array(seen.shape) - 1)
     return (index == held).all(axis=1) & seen[tuple(held.T)], held

@@ -30,13 +30,14 @@ from genmed.mesh import (
 )  # fmt: skip
 from genmed.shape import cube
 from genmed.shape_model import ShapeModel
-from genmed.tasks.compare import Surfaces, completion_page, read_truth, together
+from genmed.tasks.compare import Seen, Surfaces, completion_page, read_truth, together
 from genmed.tasks.complete import Completion, Progress, complete, generate
-from genmed.tasks.region import cue_of_cloud, cue_of_region
+from genmed.tasks.region import cue_of_cloud, cue_of_region, seen_at
 from genmed.volume import Volume, read, read_labels, require_same_grid
 
 NIFTI = (".nii.gz", ".nii")
-OUT_SUFFIXES = (*NIFTI, ".stl", ".ply", ".glb")
+FORMATS = ("stl", "ply", "glb")  # of surfaces that are written
+OUT_SUFFIXES = (*NIFTI, *(f".{name}" for name in FORMATS))
 MOST = 1000  # shapes that one command generates
 ACROSS = 80  # points across a section of a mesh
 
@@ -119,7 +120,8 @@ def complete_file(
         "truth": None if truth is None else str(truth),
     }
     made, chance = _made(found, label, seen, cue, suffix)
-    html = "" if page is None else _page(made, label, seen, surface, cue, wanted, whole, part.name, facts)
+    looked = _looked_at(label, seen, cue, wanted, observed)
+    html = "" if page is None else _page(made, label, seen, surface, cue, wanted, whole, looked, part.name, facts)
     if chances is not None and chance is not None:
         chance.save(chances)
     if isinstance(made, Volume):
@@ -133,17 +135,27 @@ def complete_file(
 
 
 def generate_files(
-    model: ShapeModel, out: str | Path, count: int, *, text: str | None = None, seed: int = 0, command: str = ""
+    model: ShapeModel,
+    out: str | Path,
+    count: int,
+    *,
+    text: str | None = None,
+    seed: int = 0,
+    format: str = "stl",
+    command: str = "",
 ) -> dict[str, Any]:
-    """Draw shapes and write them as STL around the origin, with generated.json; returns what that says.
+    """Draw shapes and write them as surfaces around the origin, with generated.json; returns what that says.
 
-    Shapes that an earlier generated.json lists are replaced, and deleted where fewer are drawn now.
+    Coordinates are mm; `format` is one of `FORMATS`. Shapes that an earlier generated.json lists are replaced, and
+    deleted where fewer, or others, are drawn now. Raises `GenMedError`.
     """
     out = Path(out).expanduser()
     if out.exists() and not out.is_dir():
         raise GenMedError(f"--out {out}: is a file; give a folder.")
     if not 1 <= count <= MOST or seed < 0:
         raise GenMedError(f"-n {count} --seed {seed}: give 1 to {MOST} shapes and a seed of 0 or more.")
+    if format not in FORMATS:
+        raise GenMedError(f"--format {format}: unknown; choose {', '.join(FORMATS)}.")
     require_room("--out", out / "generated.json")
     warning, embedding = words(model, text)
     rows: list[dict[str, Any]] = []
@@ -154,7 +166,7 @@ def generate_files(
         except GenMedError:
             rows.append({"file": None, "volume_ml": 0.0, "extent_mm": 0.0})  # a rare draw that encloses nothing
             continue
-        path = save_mesh(mesh, out / f"shape-{number:04d}.stl")
+        path = save_mesh(mesh, out / f"shape-{number:04d}.{format}")
         sizes = (round(mesh.volume_ml, 3), round(mesh.extent_mm, 2)) if shape.scaled else (None, None)
         rows.append({"file": path.name, "volume_ml": sizes[0], "extent_mm": sizes[1]})
     facts = {
@@ -178,7 +190,8 @@ def _generated(folder: Path) -> set[str]:
     """Files that the generated.json of a folder lists."""
     try:
         rows = json.loads((folder / "generated.json").read_text("utf-8"))["shapes"]
-        return {row["file"] for row in rows if re.fullmatch(r"shape-\d{4}\.stl", row["file"] or "")}
+        ours = re.compile(rf"shape-\d{{4}}\.({'|'.join(FORMATS)})")
+        return {row["file"] for row in rows if ours.fullmatch(row["file"] or "")}
     except (OSError, ValueError, KeyError, TypeError):
         return set()
 
@@ -359,6 +372,7 @@ def _page(
     cue: Cue,
     planes: Mapping[str, Sequence[float]],
     truth: Surfaces | None,
+    looked: Seen,
     name: str,
     facts: Mapping[str, Any],
 ) -> str:
@@ -381,4 +395,27 @@ def _page(
     return completion_page(
         part, whole, corners, cue.voxel_mm,
         doubtful=cue.doubtful, title=f"{name}, completed", residual_mm=facts["residual_mm"], truth=truth,
+        seen=looked,
     )  # fmt: skip
+
+
+def _looked_at(
+    label: Volume | None,
+    seen: Bool[np.ndarray, "x y z"] | None,
+    cue: Cue,
+    planes: Mapping[str, Sequence[float]],
+    observed: str | Path | None,
+) -> Seen:
+    """Which points lie in seen voxels or, of a surface, in the mask or within half a step of a plane; else all do."""
+
+    def looked(points: Float[np.ndarray, "n 3"]) -> Bool[np.ndarray, " n"]:
+        if label is not None:
+            return np.ones(len(points), bool) if seen is None else seen_at(points, seen, label.affine)[0]
+        cuts = [(AXES[name], at) for name, several in planes.items() for at in several]
+        found = [np.abs(points[:, axis] - at) <= cue.voxel_mm / 2 for axis, at in cuts]
+        if observed is not None:
+            mask = read_labels(observed)
+            found.append(seen_at(points, mask.data[0] != 0, mask.affine)[0])
+        return np.any(found, axis=0) if found else np.ones(len(points), bool)
+
+    return looked

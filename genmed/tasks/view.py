@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from genmed.degrade import slice_profile
 from genmed.errors import GenMedError
 from genmed.observe import Identity, Observation, Resample, masked, voxels
 from genmed.plan import Plan
@@ -72,7 +73,7 @@ class View:
         assert axis is not None
         thin_mm = self.space.model.spacing_mm[axis]
         n_y, n_model = self.matrices[axis].shape
-        thin = torch.from_numpy(slice_profile(n_model, n_y, thin_mm, thin_mm * n_model / n_y)).float()
+        thin = torch.from_numpy(slice_profile(n_model, n_y, n_y / n_model)).float()
         x, y, z = (thin if number == axis else m for number, m in enumerate(self.matrices))
         return replace(self, matrices=(x, y, z), slice_thickness_mm=thin_mm)
 
@@ -177,8 +178,10 @@ class View:
         axis = _slice_axis(coarse_axes, spacing_y)
         if slice_thickness_mm is None and axis is not None and space.axes[axis] == 2:  # DICOM stacks along the third
             slice_thickness_mm = scan.slice_thickness_mm
+        longest = max(spacing_y)
+        share = 1.0 if slice_thickness_mm is None else min(1.0, slice_thickness_mm / longest)
         matrices = [
-            slice_profile(m, n, slice_thickness_mm if mm == max(spacing_y) else None, mm)
+            slice_profile(m, n, share if mm == longest else 1.0)
             for m, n, mm in zip(space.model.shape, shape, spacing_y, strict=True)
         ]
         visible = torch.from_numpy(weight[0] > 0.01)
@@ -281,21 +284,6 @@ def _slice_axis(coarse_axes: Sequence[bool], spacing_mm: Sequence[float]) -> int
     *_, second, first = sorted(range(3), key=lambda axis: (coarse_axes[axis], spacing_mm[axis]))
     alone = not coarse_axes[second] or spacing_mm[first] >= SLICE_RATIO * spacing_mm[second]
     return first if coarse_axes[first] and alone else None
-
-
-def slice_profile(n_model: int, n_y: int, thickness_mm: float | None, spacing_mm: float) -> np.ndarray:
-    """Matrix (n_y, n_model): what each observed voxel averages of the working grid along one axis.
-
-    A voxel averages its whole length, or the middle `thickness_mm` of it where slices have gaps between.
-    """
-    share = 1.0 if n_y == n_model or thickness_mm is None else min(1.0, thickness_mm / spacing_mm)
-    ratio = n_model / n_y
-    centres = (np.arange(n_y) + 0.5) * ratio
-    low, high = centres - ratio * share / 2, centres + ratio * share / 2
-    edges = np.arange(n_model)
-    overlap = np.minimum(high[:, None], edges + 1) - np.maximum(low[:, None], edges)
-    overlap = overlap.clip(min=0)
-    return (overlap / overlap.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
 def _interpolation(matrix: Tensor) -> Tensor:

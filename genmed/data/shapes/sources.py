@@ -1,7 +1,7 @@
 """Which shapes a source folder holds: a list of `Item`s, in a fixed order, before any surface or voxel is read.
 
 Five layouts are understood: `index.csv` with files beside it, MSD / nnU-Net folders with a dataset.json, label maps
-with a labels.json, MedShapeNet downloads, and plain folders of surface files.
+with a labels.json or names in their headers, MedShapeNet downloads, and plain folders of surface files.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from genmed.data.dataset import read_dataset
 from genmed.data.split import person
 from genmed.errors import GenMedError
 from genmed.mesh import MESH_SUFFIXES
+from genmed.volume import read_label_names
 
 Facts = tuple[tuple[str, str], ...]
 
@@ -135,7 +136,7 @@ def find_items(folder: str | Path) -> Listing:
         raise GenMedError(f"{folder}: not a folder; give a data set folder, or a folder of surface files.")
     listing = _reader(folder)(folder)
     if not listing.items:
-        needed = "an index.csv, a dataset.json, label maps with a labels.json, or surface files"
+        needed = "an index.csv, a dataset.json, label maps with names (labels.json or header), or surface files"
         raise GenMedError(f"{folder}: holds no shapes; it needs {needed}.")
     readable = [item for item in listing.items if _is_text(item.path)]
     unreadable = dict.fromkeys(item.path for item in listing.items if not _is_text(item.path))
@@ -159,9 +160,9 @@ def _reader(folder: Path) -> Callable[[Path], Listing]:
         return from_index
     if (folder / "dataset.json").is_file():
         return from_dataset
-    if (folder / NAMES_FILE).is_file():
-        return from_label_maps
     meshes = _meshes(folder)
+    if (folder / NAMES_FILE).is_file() or not meshes:
+        return from_label_maps
     named = [path for path in meshes if MEDSHAPENET.fullmatch(path.name)]
     return from_medshapenet if 2 * len(named) > len(meshes) else from_meshes
 
@@ -298,24 +299,35 @@ def from_dataset(folder: Path) -> Listing:
 
 
 def from_label_maps(folder: Path) -> Listing:
-    """NIfTI label maps beside a labels.json, {"1": "liver"} or {"liver": 1}: a shape per class, a subject per file."""
-    path = folder / NAMES_FILE
-    named = _json(path)
+    """NIfTI label maps beside a labels.json, {"1": "liver"} or {"liver": 1}: a shape per class, a subject per file.
+
+    Without a labels.json, each file's header names its labels, as in what `genmed segment` and TotalSegmentator write.
+    """
+    given = _named(folder / NAMES_FILE) if (folder / NAMES_FILE).is_file() else None
+    source, licence = folder.resolve().name, _licence(folder)
+    items: list[Item] = []
+    left_out: list[tuple[Path, str]] = []
+    for file in sorted(path for ending in ("*.nii.gz", "*.nii") for path in folder.glob(ending)):
+        classes = read_label_names(file) if given is None else given
+        if not classes:
+            left_out.append((file, f"its header names no labels, and there is no {NAMES_FILE}"))
+        for value, name in classes.items():
+            if value and name:
+                category, side = sided(name)
+                subject = file.name.split(".nii")[0]
+                items.append(Item(source, file, plain(category), side, subject, licence, values=(value,)))
+    return Listing(tuple(items), tuple(left_out))
+
+
+def _named(path: Path) -> dict[int, str]:
+    """Values and names of a labels.json."""
     classes: dict[int, str] = {}
-    for key, entry in named.items():
+    for key, entry in _json(path).items():
         name, value = (entry, key) if key.isdecimal() else (key, entry)
         if not isinstance(name, str) or isinstance(value, bool) or not str(value).isdecimal() or int(value) in classes:
             raise GenMedError(f'{path}: must name each value once, like {{"1": "liver"}}, but has {key!r}: {entry!r}.')
         classes[int(value)] = name
-    source, licence = folder.resolve().name, _licence(folder)
-    items = []
-    for file in sorted(path for ending in ("*.nii.gz", "*.nii") for path in folder.glob(ending)):
-        for value, name in classes.items():
-            if value:
-                category, side = sided(name)
-                subject = file.name.split(".nii")[0]
-                items.append(Item(source, file, plain(category), side, subject, licence, values=(value,)))
-    return Listing(tuple(items))
+    return classes
 
 
 def _alone(name: str) -> Structure:
