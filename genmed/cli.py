@@ -492,6 +492,9 @@ def complete_shape(
         bool,
         typer.Option("--doubtful", help="Some of what is seen may not belong to the structure, or is noisy."),
     ] = False,
+    distances: Annotated[
+        bool, typer.Option("--distances", help="PART holds signed distances in mm, negative inside, no labels.")
+    ] = False,
     samples: Annotated[int, typer.Option(help="Shapes to average.")] = 12,
     seed: Seed = 0,
     probabilities: Annotated[
@@ -512,8 +515,9 @@ def complete_shape(
     from genmed.tasks.shapes import complete_file
 
     facts = complete_file(
-        load_shapes(model), part, out, planes=planes, observed=observed, text=text, doubtful=doubtful, samples=samples,
-        seed=seed, probabilities=probabilities, page=page, truth=truth, command=_command_line(),
+        load_shapes(model), part, out, planes=planes, observed=observed, text=text, doubtful=doubtful,
+        distances=distances, samples=samples, seed=seed, probabilities=probabilities, page=page, truth=truth,
+        command=_command_line(),
     )  # fmt: skip
     _warn(facts, "the model knows no size in mm of this structure: the result is as large as PART says")
     short = f"residual {facts['residual_mm']:.2f} mm, {facts['seconds']:.1f} s -> {facts['out']}"

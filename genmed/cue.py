@@ -28,6 +28,9 @@ FLAT = 0.3           # of the longest extent: below it, an axis was not seen
 SMOOTH = 0.22        # voxels: smoothing by one moves a border no further in the median, unless noise made it rough
 SPECKS = 0.02        # of a map may lie beside its largest piece
 NEAR = 4.0           # voxels of a map's border whose distances are kept
+SLOPES = (0.5, 2.0)  # mm per mm near the surface: beyond them, distances are in other units, or too noisy
+UNEVEN = 0.15        # slopes of given distances are no further from 1 in the median, unless they are noisy
+FEWEST_SLOPES = 50   # that this needs
 
 
 class Border(NamedTuple):
@@ -93,24 +96,77 @@ def cue_of_labels(
     """
     seen = np.ones(inside.shape, bool) if seen is None else seen
     inside = inside & seen
-    if not inside.any():
-        raise GenMedError("the cue is empty: nothing inside the structure was seen; show a plane or region through it.")
-    index = np.argwhere(inside)
-    corner = affine[:3, :3] @ np.eye(3)
-    half_mm = np.abs(corner).sum(axis=1) / 2
-    world = index @ affine[:3, :3].T + affine[:3, 3]
-    box_mm = np.stack([world.min(axis=0) - half_mm, world.max(axis=0) + half_mm])
-    box = _region(index, np.linalg.norm(corner, axis=0), inside.shape)
-    near, signs, low, high = _bounds(inside[box], seen[box], np.linalg.norm(corner, axis=0))
+    box_mm, box = _looked_at(inside, affine)
+    spacing_mm = np.linalg.norm(affine[:3, :3], axis=0)
+    near, signs, low, high = _bounds(inside[box], seen[box], spacing_mm)
     chosen = _chosen(high, points, np.random.default_rng(seed))
-    places = (near[chosen] + [side.start for side in box]) @ affine[:3, :3].T + affine[:3, 3]
+    origin = affine[:3, :3] @ [side.start for side in box] + affine[:3, 3]
+    places = near[chosen] @ affine[:3, :3].T + origin
     low, high, signs = low[chosen], high[chosen], signs[chosen]
     lower, upper = np.where(signs < 0, -high, low), np.where(signs < 0, -low, high)
-    spacing_mm = np.linalg.norm(corner, axis=0)
-    origin = affine[:3, :3] @ [side.start for side in box] + affine[:3, 3]
     noisy = doubtful and _noisy(inside[box], seen[box], spacing_mm)
     border = None if noisy else _border(inside[box], seen[box], spacing_mm, affine[:3, :3], origin)
     return Cue(places, lower, upper, box_mm, float(spacing_mm.min()), doubtful, border)
+
+
+def cue_of_distance_map(
+    distance_mm: Float[np.ndarray, "x y z"],
+    affine: Float[np.ndarray, "4 4"],
+    seen: Bool[np.ndarray, "x y z"] | None = None,
+    *,
+    doubtful: bool = False,
+    points: int = POINTS,
+    seed: int = 0,
+) -> Cue:
+    """The cue of signed distances in mm, negative inside, of which only `seen` voxels are looked at (None: all).
+
+    The largest and the least distance may be where the map was cut off: there, the surface is as far or further. Those
+    of a `doubtful` map are noisy where their slopes are not 1; its border is not trusted then. Raises `GenMedError`
+    where nothing seen is inside, and where slopes say that the distances are not in mm.
+    """
+    seen = np.ones(distance_mm.shape, bool) if seen is None else seen
+    inside = seen & (distance_mm < 0)
+    box_mm, box = _looked_at(inside, affine)
+    spacing_mm = np.linalg.norm(affine[:3, :3], axis=0)
+    distance, seen = np.where(seen, distance_mm, np.nan)[box].astype(np.float64), seen[box]
+    values = distance[seen]
+    cut = (distance <= values.min()) | (distance >= values.max())
+    near = seen & ~cut & (np.abs(distance) < NEAR * spacing_mm.min())
+    slope = _slopes(distance, spacing_mm)[near]
+    slope = slope[np.isfinite(slope)]
+    told = len(slope) >= FEWEST_SLOPES
+    if told and not SLOPES[0] < np.median(slope) < SLOPES[1]:
+        raise GenMedError(
+            f"the distances change by {np.median(slope):.2g} per mm near the surface, those in mm by 1: they are in "
+            "other units, or too noisy; give signed distances in mm."
+        )
+    lower = np.where(values > values.min(), values, -1e6)
+    upper = np.where(values < values.max(), values, 1e6)
+    chosen = _chosen(np.abs(values), points, np.random.default_rng(seed))
+    origin = affine[:3, :3] @ [side.start for side in box] + affine[:3, 3]
+    noisy = doubtful and not (told and np.median(np.abs(slope - 1)) < UNEVEN)
+    border = None if noisy else Border(np.argwhere(near) @ affine[:3, :3].T + origin, distance[near])
+    places = np.argwhere(seen)[chosen] @ affine[:3, :3].T + origin
+    return Cue(places, lower[chosen], upper[chosen], box_mm, float(spacing_mm.min()), doubtful, border)
+
+
+def _slopes(distance_mm: np.ndarray, spacing_mm: np.ndarray) -> np.ndarray:
+    """How fast distances change, in mm per mm: 1, were they exact. NaN where not all neighbours were seen."""
+    if min(distance_mm.shape) < 2:
+        return np.full(distance_mm.shape, np.nan)
+    along = (np.gradient(distance_mm, mm, axis=axis) for axis, mm in enumerate(spacing_mm))
+    return np.asarray(np.sqrt(sum(change**2 for change in along)))
+
+
+def _looked_at(inside: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, tuple[slice, slice, slice]]:
+    """The box in world mm of what was seen inside, and the voxels in which a cue looks. Raises where there is none."""
+    if not inside.any():
+        raise GenMedError("the cue is empty: nothing inside the structure was seen; show a plane or region through it.")
+    index = np.argwhere(inside)
+    half_mm = np.abs(affine[:3, :3]).sum(axis=1) / 2
+    world = index @ affine[:3, :3].T + affine[:3, 3]
+    box_mm = np.stack([world.min(axis=0) - half_mm, world.max(axis=0) + half_mm])
+    return box_mm, _region(index, np.linalg.norm(affine[:3, :3], axis=0), inside.shape)
 
 
 def _signed(inside: np.ndarray, spacing_mm: np.ndarray) -> np.ndarray:

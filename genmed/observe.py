@@ -95,6 +95,10 @@ class Observation:
     What was not observed does not exist here: values of y outside `operator.seen` are replaced by zero,
     whatever they were, so nothing later can look at them.
 
+    Noise is taken as Gaussian. That of magnitude images, Rician, nearly is where the signal x is well above its s, but
+    for a mean that is s²/2x too high; where there is no signal, the mean is s · √(π/2) instead of 0, which is not
+    modelled (Gudbjartsson & Patz, Magnetic Resonance in Medicine 34:910, 1995).
+
     Args:
         field: name of the observed field.
         y: (1 or b, c, x', y', z') values in the field's own units of z (normalised image, ±1 label).

@@ -192,7 +192,7 @@ def test_run_segments_every_input_once_and_resumes(
     text = run(model, data, tmp_path, **options)
     assert len(calls) == 2 * len(INPUTS)
     assert all(call["samples"] == 2 and call["grid"] == "model" for call in calls)
-    assert [call["match"] for call in calls[::2]] == 6 * ["auto"] + ["affine"]
+    assert [call["match"] for call in calls[::2]] == 7 * ["auto"] + ["affine"]
     assert [call["observed"] is not None for call in calls[::2]] == [name == "4 slices" for name in INPUTS]
     assert calls[2]["spacing_mm"] == (8.0, 8.0, 8.0)
     assert run(model, data, tmp_path, **options) == text == (tmp_path / "table.md").read_text()
@@ -202,6 +202,8 @@ def test_run_segments_every_input_once_and_resumes(
     assert [(row["input"], row["case"], row["structure"]) for row in rows] == [
         (name, id, structure) for name in INPUTS for id in (IDS[2], IDS[4]) for structure in PLAN.labels[1:]
     ]
+    true_ml = {row["input"]: float(row["volume_ml_true"]) for row in rows if row["structure"] == "Anterior"}
+    assert true_ml[uncertainty.LIE] == pytest.approx(true_ml["clean"] / 2) == 0.192  # as the header claims
     run(model, data, tmp_path, **(options | {"cases": 1}))
     assert len(calls) == 2 * len(INPUTS) and "1 cases of 1 persons" in (tmp_path / "table.md").read_text()
 

@@ -151,6 +151,36 @@ def test_unseen_voxels_change_no_voxel_of_the_result(part: Path, folder: Path, t
                                   tmp_path / "none.nii.gz", *options), words)  # fmt: skip
 
 
+def test_noisy_distances_are_completed(folder: Path, tmp_path: Path) -> None:
+    points = (np.moveaxis(np.indices((36, 36, 36)), 0, -1) - [17, 18, 15]) * 4.0
+    distance = ellipsoid_distance(np.array(RADII["kidney"]) * EXTENT_MM["kidney"] / 2, points)
+    noisy = distance + 5 * np.random.default_rng(0).normal(size=distance.shape)
+    given, out = tmp_path / "sdf.nii.gz", tmp_path / "out.nii.gz"
+    Volume(noisy[None].astype(np.float32), np.diag([4.0, 4, 4, 1])).save(given)
+    result = genmed("complete", given, "--model", folder, "--out", out, "--samples", 1, "--distances")
+    assert result.exit_code == 0, result.output
+    facts = json.loads((tmp_path / "out.manifest.json").read_text())
+    assert facts["distances"] and facts["doubtful"]
+    assert dice(gm.read_labels(out).data[0] != 0, kidney()) > max(0.9, dice(noisy < 0, kidney()) + 0.03)
+
+
+def test_seen_distances_decide_their_voxels_and_no_others_count(folder: Path, tmp_path: Path) -> None:
+    points = (np.moveaxis(np.indices((36, 36, 36)), 0, -1) - [17, 18, 15]) * 4.0
+    distance = ellipsoid_distance(np.array(RADII["kidney"]) * EXTENT_MM["kidney"] / 2, points).astype(np.float32)
+    seen = planes_of(Volume(distance[None], np.diag([4.0, 4, 4, 1])), {"axial": [14], "coronal": [18]})
+    made = []
+    for number, unseen in enumerate((distance, np.nan)):
+        given, out = tmp_path / f"{number}.nii.gz", tmp_path / f"out-{number}.nii.gz"
+        Volume(np.where(seen, distance, unseen)[None].astype(np.float32), np.diag([4.0, 4, 4, 1])).save(given)
+        facts = complete_file(
+            load_shapes(folder), given, out, planes="axial=14,coronal=18", distances=True, samples=1
+        )
+        assert not facts["doubtful"]
+        made.append(gm.read_labels(out).data[0])
+    assert np.array_equal(*made) and np.array_equal(made[0][seen] != 0, distance[seen] < 0)
+    assert dice(made[0] != 0, distance < 0) > 0.85
+
+
 def test_a_mask_text_and_a_mesh_out(part: Path, folder: Path, tmp_path: Path) -> None:
     mask = np.zeros((36, 36, 36), np.uint8)
     mask[:, :, :16] = 1
@@ -589,9 +619,14 @@ def test_bad_parts_give_one_line(folder: Path, tmp_path: Path) -> None:
     save_mesh(Mesh(whole.vertices * [1, 1, 0], whole.faces), flat)
     sound = tmp_path / "sound.stl"
     save_mesh(whole, sound)
+    turned = tmp_path / "turned.nii.gz"
+    Volume(3 - np.linalg.norm(np.indices((9, 9, 9)) - 4, axis=0)[None], np.eye(4)).save(turned)
     for path, options, words in (
         (several, [], "several labels"),
         (half, [], "not labels"),
+        (half, ["--distances"], "half.nii.gz: no signed distances"),
+        (turned, ["--distances"], "turn the sign"),
+        (sound, ["--distances"], "sound.stl: holds a surface or points; --distances"),
         (empty, [], "cue is empty"),
         (metres, [], "metres"),
         (opened, [], "open"),

@@ -5,7 +5,7 @@ import pytest
 from test_mesh import ball
 from test_shape import AFFINES
 
-from genmed.cue import cue_of_labels, cue_of_surface_points, planes_of
+from genmed.cue import cue_of_distance_map, cue_of_labels, cue_of_surface_points, planes_of
 from genmed.errors import GenMedError
 from genmed.tasks.shapes import cue_of_sections
 from genmed.volume import Volume
@@ -66,6 +66,58 @@ def test_doubt_leaves_a_smooth_border_and_takes_a_rough_one() -> None:
     assert cue_of_labels(smooth, np.eye(4), doubtful=True).border is not None
     assert cue_of_labels(rough, np.eye(4), doubtful=True).border is None
     assert cue_of_labels(rough, np.eye(4)).border is not None
+
+
+def ball_distance(affine: np.ndarray) -> np.ndarray:
+    """Signed distances in mm to a sphere round the world position of `MIDDLE`."""
+    index = np.moveaxis(np.indices((32, 32, 32)), 0, -1)
+    radius_mm = RADIUS * np.cbrt(abs(np.linalg.det(affine[:3, :3])))
+    return np.linalg.norm((index - MIDDLE) @ affine[:3, :3].T, axis=-1) - radius_mm
+
+
+@pytest.mark.parametrize("affine", [np.eye(4), np.diag([0.5, 0.5, 0.5, 1]), *AFFINES.values()])
+@pytest.mark.parametrize("kind", ["planes", "half", "all"])
+@pytest.mark.parametrize("cut_mm", [np.inf, 3.0])
+def test_given_distances_are_taken_as_they_are_and_as_bounds_where_they_were_cut_off(
+    affine: np.ndarray, kind: str, cut_mm: float
+) -> None:
+    true, seen = ball_distance(affine), seen_of(kind)
+    cue = cue_of_distance_map(np.where(seen, true.clip(-cut_mm, cut_mm), np.nan), affine, seen)
+    index = np.rint((cue.points_mm - affine[:3, 3]) @ np.linalg.inv(affine[:3, :3]).T).astype(int)
+    distance = true[tuple(index.T)]
+    assert seen[tuple(index.T)].all() and len(index) > 1000
+    assert (cue.lower_mm <= distance + 1e-4).all() and (distance <= cue.upper_mm + 1e-4).all()
+    exact = np.abs(distance) < min(cut_mm, 4.0) - 1e-4
+    np.testing.assert_allclose(cue.lower_mm[exact], distance[exact], atol=1e-4)
+    np.testing.assert_allclose(cue.upper_mm[exact], distance[exact], atol=1e-4)
+    assert cue.border is not None and (np.abs(cue.border.distance_mm) < cut_mm).all()
+    box = cue_of_labels(true < 0, affine, seen).box_mm
+    np.testing.assert_allclose(cue.box_mm, box)
+
+
+def test_noise_of_distances_is_told_by_their_slopes() -> None:
+    from scipy.ndimage import gaussian_filter
+
+    true, noise = ball_distance(np.eye(4)), np.random.default_rng(0).normal(size=(32, 32, 32))
+    smooth = gaussian_filter(noise, 2)
+    for noisy in (true + noise, true + 1.5 * smooth / smooth.std()):
+        assert cue_of_distance_map(noisy, np.eye(4), doubtful=True).border is None
+        assert cue_of_distance_map(noisy, np.eye(4)).border is not None
+    assert cue_of_distance_map(true, np.eye(4), doubtful=True).border is not None
+    plane = np.zeros((32, 32, 32), bool)
+    plane[14] = True
+    assert cue_of_distance_map(true, np.eye(4), plane, doubtful=True).border is None  # nothing tells
+
+
+@pytest.mark.parametrize("scale", [0.1, 0.4, 2.5])
+def test_distances_that_are_not_in_mm_are_refused(scale: float) -> None:
+    with pytest.raises(GenMedError, match=rf"change by {scale:.2g}.* per mm .* give signed distances in mm"):
+        cue_of_distance_map(scale * ball_distance(np.eye(4)), np.eye(4))
+
+
+def test_distances_of_a_single_slice_are_a_cue() -> None:
+    flat = ball_distance(np.eye(4))[:, :, 17:18]
+    assert (cue_of_distance_map(flat, np.eye(4)).lower_mm < 0).any()
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])

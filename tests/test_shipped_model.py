@@ -4,12 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from real import real_set
 
 from genmed.cue import cue_of_labels
 from genmed.data.dataset import read_dataset
 from genmed.data.split import read_split
-from genmed.degrade import coarser, inverted
+from genmed.degrade import coarser, inverted, lying_header
+from genmed.errors import GenMedError
 from genmed.hub import Model, load
 from genmed.metrics import dice
 from genmed.shape_model import load_shapes
@@ -56,6 +58,22 @@ def test_an_inverted_scan_is_noticed_and_segmented_without_a_flag() -> None:
     assert (found.mode, found.match, found.doubtful) == ("conditional", "falling", False)
     assert found.surprise is not None and plain.surprise is not None and found.surprise < plain.surprise
     assert mean_dice(model, worse, truth, {"match": found.match, "samples": 1}) > 0.8
+
+
+def test_a_header_that_is_wrong_by_two_and_shuffled_slices_are_refused_or_doubted() -> None:
+    dataset = read_dataset(real_set("Task04_Hippocampus"))
+    model, scan = load("hippocampus-mr"), read(dataset.case(read_split(SPLIT, dataset.ids).tune[0]).images)
+    assert not segment(model, scan, mode="conditional").doubtful
+    for axis in (0, 1, 2, None):
+        short = segment(model, lying_header(scan, 0.5, axis).scan, mode="conditional")
+        assert "unlike what the model knows" in short.doubts[0]
+    for axis in (1, 2, None):
+        with pytest.raises(GenMedError, match="repair the header"):
+            segment(model, lying_header(scan, 2, axis).scan)
+    for axis in (0, 1, 2):
+        order = np.random.default_rng(0).permutation(scan.grid.shape[axis])
+        shuffled = segment(model, scan.like(scan.data.take(order, axis + 1)), mode="conditional")
+        assert "unlike what the model knows" in shuffled.doubts[0]
 
 
 def test_shipped_heart_model_segments_stacks_in_either_slice_order() -> None:

@@ -15,6 +15,7 @@ KINDS = (
     "one plane", "three planes", "five planes", "parallel planes", "free planes", "box missing", "half missing",
     "blobs missing", "redundant", "noisy sdf", "noisy points", "mixture",
 )  # fmt: skip
+TITLES = {"noisy sdf": "noisy border"}  # of kinds whose name says too much: their distances become a binary map
 EDGE = 0.15     # share of the extent at either end of the structure that planes keep away from
 BLOB = 0.2      # radius of blobs, over the longest extent
 NOISE = 1.5     # voxels: standard deviation of noisy distances and points

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from genmed.bench.cases import stratified
-from genmed.bench.cues import KINDS, draw, draw_cue
+from genmed.bench.cues import KINDS, TITLES, draw, draw_cue
 from genmed.bench.hippocampus import save_figure
 from genmed.bench.kept import read_rows, write_rows
 from genmed.bench.segmentation import signed_rank_p
@@ -365,7 +365,7 @@ def score_table(rows: Sequence[Row], kinds: Sequence[str], columns: Sequence[str
     _, digits, less = METRICS[metric]
     lines = ["| cue | " + " | ".join(METHODS[name].title for name in columns) + " |", "|---" * (1 + len(columns)) + "|"]
     every = list(kinds)
-    wanted_lines = [(kind, [kind], macro_weights) for kind in kinds]
+    wanted_lines = [(TITLES.get(kind, kind), [kind], macro_weights) for kind in kinds]
     wanted_lines += [("mean of all", every, macro_weights)] * (len(kinds) > 1)
     wanted_lines += [("mean over data sets", every, source_weights)] * (len({row.source for row in rows}) > 1)
     for title, chosen, weigh in wanted_lines:
@@ -387,13 +387,14 @@ def difference_table(rows: Sequence[Row], kinds: Sequence[str], columns: Sequenc
         by = {name: {row.shape: row for row in rows if row.kind == kind and row.method == name} for name in columns}
         means = {name: macro_mean(list(d.values()), [row.dice for row in d.values()]) for name, d in by.items()}
         best = [max(peers, key=lambda name: means[name])] if peers else []
+        title = TITLES.get(kind, kind)
         for ours in [name for name in columns if name in OURS]:
             for other in dict.fromkeys([*best, *(name for name in RIVALS if name in peers)]):
                 mine = list(by[ours].values())
                 change = np.array([row.dice - by[other][row.shape].dice for row in mine])
                 p = signed_rank_p(change, [row.subject for row in mine])
                 name = METHODS[other].title + (" (best)" if other in best else "")
-                lines.append(f"| {kind} | {METHODS[ours].title} | {name} | {_cell(mine, change, 3, '+')} | {p:.2g} |")
+                lines.append(f"| {title} | {METHODS[ours].title} | {name} | {_cell(mine, change, 3, '+')} | {p:.2g} |")
     lines += ["", "p: Wilcoxon signed-rank test of the means of persons, two-sided, not corrected."]
     return "\n".join(lines) + "\n"
 
@@ -451,7 +452,7 @@ def draw_table(out: Path, rows: Sequence[Row], kinds: Sequence[str], columns: Se
                 label=METHODS[method].title if kind == kinds[0] else None,
             )  # fmt: skip
     axes.hlines(np.arange(len(kinds) - 1) + 0.5, 0, 1, color="0.9", linewidth=0.8, transform=axes.get_yaxis_transform())
-    axes.set_yticks(np.arange(len(kinds)), list(kinds))
+    axes.set_yticks(np.arange(len(kinds)), [TITLES.get(kind, kind) for kind in kinds])
     axes.set(ylim=(len(kinds) - 0.5, -0.5), xlabel="Dice, mean of categories [95 % interval]")
     axes.grid(axis="x", alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)

@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -36,7 +36,7 @@ from genmed.calibration import (
 )
 from genmed.data.dataset import Case, read_dataset
 from genmed.data.split import person
-from genmed.degrade import curve, inverted
+from genmed.degrade import curve, inverted, lying_header
 from genmed.errors import GenMedError
 from genmed.files import write_bytes, write_json
 from genmed.hub import Model, load
@@ -55,12 +55,14 @@ ALL = "most probable class"
 CASES, BINNED, RECIPE = "cases.csv", "reliability.csv", "recipe.json"
 
 REFERENCE, TOLD = "clean", "inverted, told by --match affine"
+LIE = "half the spacing along the structure, as a wrong header says"
 INPUTS = {
     row.name: row
     for row in (
         *CONFIRMED,  # clean, 8 mm voxels, 4 slices, inverted
         Input("Gaussian noise 0.5", (NOISE_50,)),
         Input("random curve, another for each case", (change(curve, by_case=True),)),
+        Input(LIE, (change(lying_header, factor=0.5, axis=1),)),
         Input(TOLD, (change(inverted),)),
     )
 }
@@ -184,7 +186,10 @@ def examine(model: Model, case: Case, name: str, samples: int) -> Finding:
     seconds = time.monotonic() - started
     view = View.of(model.plan, worse.scan, worse.observed, worse.slice_thickness_mm)
     plain = infer(model, view, "conditional", "none").surprise
-    return judge(model.plan, found, read_labels(case.label), name, case.id, seconds, plain)
+    truth = read_labels(case.label)
+    if name == LIE:  # labels as the voxels are, volumes in the millilitres that the header claims
+        truth = replace(truth, affine=worse.scan.affine)
+    return judge(model.plan, found, truth, name, case.id, seconds, plain)
 
 
 def judge(

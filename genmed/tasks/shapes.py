@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from genmed.comparison import slice_corners
-from genmed.cue import AXES, ROOM, Cue, cue_of_labels, cue_of_points, planes_of, united
+from genmed.cue import AXES, ROOM, Cue, cue_of_distance_map, cue_of_labels, cue_of_points, planes_of, united
 from genmed.errors import GenMedError
 from genmed.files import require_room, sha256_of, write_bytes, write_json
 from genmed.guide import Diverged
@@ -51,6 +51,7 @@ def complete_file(
     observed: str | Path | None = None,
     text: str | None = None,
     doubtful: bool = False,
+    distances: bool = False,
     samples: int = 12,
     seed: int = 0,
     probabilities: bool = False,
@@ -63,9 +64,10 @@ def complete_file(
 
     With planes or a mask, everything else of PART is unseen, and seen voxels come back as they were, unless the cue is
     `doubtful`. Without both, all of PART is seen and none of it is trusted to the voxel; a surface is repaired, of
-    which a fifth may be missing. `probabilities` writes the share of samples in every voxel, too. `page` is an HTML
-    page of what was seen beside its completion, and how far both are from the `truth`, if there is one. Returns what
-    the manifest says. Raises `GenMedError`.
+    which a fifth may be missing. With `distances`, the voxels of PART are signed distances in mm instead of labels,
+    negative inside. `probabilities` writes the share of samples in every voxel, too. `page` is an HTML page of what was
+    seen beside its completion, and how far both are from the `truth`, if there is one. Returns what the manifest says.
+    Raises `GenMedError`.
     """
     part, out = Path(part).expanduser(), Path(out).expanduser()
     suffix = next((s for s in OUT_SUFFIXES if out.name.lower().endswith(s)), None)
@@ -87,9 +89,11 @@ def complete_file(
     label, seen, surface = None, None, None
     repairs: tuple[str, ...] = ()
     if part.suffix.lower() in PART_SUFFIXES:
+        if distances:
+            raise GenMedError(f"{part}: holds a surface or points; --distances is for a NIfTI file, leave it out.")
         cue, surface, repairs = _mesh_cue(part, wanted, observed, doubtful, seed)
     else:
-        label, seen, cue = _label_cue(part, wanted, observed, doubtful, seed)
+        label, seen, cue = _map_cue(part, wanted, observed, doubtful, distances, seed)
     try:
         found = complete(model, cue, text=embedding, samples=samples, seed=seed, progress=progress)
     except GenMedError as error:
@@ -106,6 +110,7 @@ def complete_file(
         "repairs": list(repairs),
         "planes": {name: list(values) for name, values in wanted.items()},
         "doubtful": cue.doubtful,
+        "distances": distances,
         "text": text if embedding is not None else None,
         "warning": warning,
         "scale_known": found.shapes[0].scaled,
@@ -315,38 +320,69 @@ def _ribbons(sections: Sequence[tuple[int, np.ndarray]], height_mm: float) -> Me
     return Mesh(vertices, quads[:, [0, 1, 2, 0, 2, 3]].reshape(-1, 3))
 
 
-def _label_cue(
-    part: Path, planes: Mapping[str, Sequence[float]], observed: str | Path | None, doubtful: bool, seed: int
+def _map_cue(
+    part: Path,
+    planes: Mapping[str, Sequence[float]],
+    observed: str | Path | None,
+    doubtful: bool,
+    distances: bool,
+    seed: int,
 ) -> tuple[Volume, Bool[np.ndarray, "x y z"] | None, Cue]:
-    label = read(part, finite=False)  # what was not seen may be anything
-    if label.data.shape[0] != 1:
-        raise GenMedError(f"{part}: {label.data.shape[0]} channels; a label map has one.")
+    """The label map, which voxels of it were seen (None: all), and the cue of it or of the distances in PART."""
+    given = read(part, finite=False)  # what was not seen may be anything
+    if given.data.shape[0] != 1:
+        raise GenMedError(f"{part}: {given.data.shape[0]} channels; a label map or distances have one.")
     seen: Bool[np.ndarray, "x y z"] | None = None
     if planes:
         if any(value != int(value) for values in planes.values() for value in values):
-            raise GenMedError(f"{part}: planes of a label map are whole numbers, the indices of its slices.")
-        seen = planes_of(label, {name: [int(v) for v in values] for name, values in planes.items()})
+            raise GenMedError(f"{part}: planes of voxels are whole numbers, the indices of slices.")
+        seen = planes_of(given, {name: [int(v) for v in values] for name, values in planes.items()})
     if observed is not None:
         mask = read_labels(observed)
-        require_same_grid(label, mask)
+        require_same_grid(given, mask)
         seen = (mask.data[0] != 0) if seen is None else seen | (mask.data[0] != 0)
-    _require_one_structure(part, label.data[0] if seen is None else label.data[0][seen])
+    (_require_distances if distances else _require_one_structure)(part, given.data[0], seen)
     doubtful |= seen is None
+    label = given.like((given.data < 0 if distances else given.data != 0).astype(np.uint8))
     try:
+        if distances:
+            return label, seen, cue_of_distance_map(given.data[0], given.affine, seen, doubtful=doubtful, seed=seed)
         return label, seen, cue_of_labels(label.data[0] != 0, label.affine, seen, doubtful=doubtful, seed=seed)
     except GenMedError as error:
         raise GenMedError(f"{part}: {error}") from error
 
 
-def _require_one_structure(part: Path, seen: np.ndarray) -> None:
+def _require_finite(part: Path, values: np.ndarray) -> None:
+    if missing := np.count_nonzero(~np.isfinite(values)):
+        raise GenMedError(f"{part}: {missing} of {values.size} seen voxels are NaN or infinite; leave them unseen.")
+
+
+def _require_one_structure(part: Path, data: np.ndarray, seen: np.ndarray | None) -> None:
     """Raise `GenMedError` unless the voxels that were seen are 0 and one label."""
-    if missing := np.count_nonzero(~np.isfinite(seen)):
-        raise GenMedError(f"{part}: {missing} of {seen.size} seen voxels are NaN or infinite; leave them unseen.")
-    values = np.unique(seen)
+    shown = data if seen is None else data[seen]
+    _require_finite(part, shown)
+    values = np.unique(shown)
     if (fractions := values[values != np.rint(values)]).size:
-        raise GenMedError(f"{part}: values such as {fractions[0]:g} are not labels; save whole numbers.")
+        raise GenMedError(
+            f"{part}: values such as {fractions[0]:g} are not labels; save whole numbers, or give --distances if they "
+            "are signed distances in mm."
+        )
     if len(labels := values[values != 0].astype(int).tolist()) > 1:
         raise GenMedError(f"{part}: holds several labels ({labels[:5]}); give one structure.")
+
+
+def _require_distances(part: Path, data: np.ndarray, seen: np.ndarray | None) -> None:
+    """Raise `GenMedError` unless the voxels that were seen may be distances, negative inside.
+
+    A map that is negative on all of its faces and not in between has the other sign.
+    """
+    shown = data if seen is None else data[seen]
+    _require_finite(part, shown)
+    core = np.zeros(data.shape, bool)
+    core[1:-1, 1:-1, 1:-1] = True
+    turned = seen is None and (data[~core] < 0).all() and (data[core] > 0).any()
+    if turned or not (shown < 0).any():
+        raise GenMedError(f"{part}: no signed distances; they are negative inside and positive outside, turn the sign.")
 
 
 def _made(
