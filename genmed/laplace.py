@@ -33,6 +33,7 @@ PLACES, PLACE_POINTS = 5, 150   # places along every axis where the usual shape 
 KEPT = 5             # suppositions that are gone on with
 FIT_POINTS, FIT_STEPS, FINAL_STEPS = 1500, 8, 3
 STRANGE = 30.0       # logarithm of how seldom a cue is of nothing that the model knows
+WEAK = 1e-3          # precision of centres and sizes that nothing is known of: a pose that misses no bound is free
 UNLIKELY = 30.0      # by how much the logarithm of a weight may be below the best, words included, to be tried
 
 
@@ -201,7 +202,7 @@ class Objective:
             if not posing:
                 columns.insert(0, _rows(self.basis, q[b, active], model) * scale[b])
             a = w * torch.cat(columns, dim=1)
-            inner = torch.cat([torch.full((k,), self.prior), torch.full((3,), 1e-3), share[b, None]])
+            inner = torch.cat([torch.full((k,), self.prior), torch.full((3,), WEAK), share[b, None].clamp(min=WEAK)])
             pull = torch.cat([self.prior * codes[b, :k], torch.zeros(3), share[b] * (pose[3:] - model.plan.size_mean)])
             hessians.append(a.T @ a + torch.diag(inner))
             slopes.append(a.T @ (w[:, 0] * missed[b, active]) + pull)

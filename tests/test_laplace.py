@@ -119,3 +119,13 @@ def test_points_on_a_surface_keep_their_bounds() -> None:
     cue = Cue(np.eye(5, 3), zero, zero, np.array([[0.0, 0, 0], [1, 1, 1]]), 1.0, doubtful=True)
     narrow = likely(cue)
     assert (narrow.lower_mm == 0).all() and (narrow.upper_mm == 0).all()
+
+
+def test_a_pose_that_misses_no_bound_is_kept_where_nothing_is_known_of_sizes(model: ShapeModel) -> None:
+    points = np.random.default_rng(0).normal(size=(20, 3))
+    anything = Cue(points, np.full(20, -1e6), np.full(20, 1e6), np.array([[-1.0] * 3, [1.0] * 3]), 1.0)
+    kidney = component(model, 0, 2)
+    poses = torch.tensor([[0.0, 0.0, 0.0, -10.0]])  # far from every size in training: no opinion
+    fit = gauss_newton(kidney, anything, poses, torch.zeros(1, 2), 2)
+    torch.testing.assert_close(fit.poses, poses)
+    assert torch.isfinite(fit.evidence).all()
