@@ -78,6 +78,8 @@ def test_settings_of_a_schedule_reach_sampler_guide_and_last_step(model: Model) 
     for name, values in changes.items():
         for value in values:
             assert not pair(**{name: value})[1].allclose(usual[1]), (name, value)
+    near, far = ((pair(start=start, last_step=False)[1] - view.image).abs().mean() for start in (0.02, 3.0))
+    assert near < 0.1 < far  # around the interpolation
     soft, restored, residual = pair(last_step=False)
     assert soft.equal(usual[0]) and residual == usual[2] and not restored.allclose(usual[1])
     assert not pair("joint-base")[0].allclose(usual[0])

@@ -50,6 +50,7 @@ OTHER_MODALITY = ("affine", "curve")  # tried in this order when the image is su
 STEPS = 8  # noise levels of a guided trajectory
 TRAVELS = 2  # times each level of it between TRAVELLED is repeated with a flexible match, which can settle wrongly
 TRAVELLED = (0.1, 3.0)
+INTERPOLATED = 1.0  # noise level at which trajectories of thick slices begin, around their interpolation
 SAMPLES = 4  # guided trajectories that are averaged
 RESIDUAL_LIMIT = 5.0  # of a result that explains its scan: 1 for coarse voxels, 2 to 4.3 for slices at full resolution
 NOT_OF_VOXELS = ("lncc", "mind", "mi")  # matches whose residual is not in units of the voxels' noise
@@ -136,7 +137,8 @@ class Sampling(NamedTuple):
 
     `steps` levels of noise, those between `TRAVELLED` repeated `travels` times (`genmed.samplers.time_travel`), which
     `heun` does not do. `method` and `relax` are those of `genmed.guide.guided`. `last_step`: the final image is made
-    consistent with the observation.
+    consistent with the observation. `start`: the level at which trajectories begin around the plain interpolation of the
+    scan and its label, instead of noise alone (SDEdit, Meng et al., arXiv 2108.01073).
     """
 
     steps: int = STEPS
@@ -145,6 +147,7 @@ class Sampling(NamedTuple):
     method: Literal["linesearch", "variance"] = "linesearch"
     relax: float = 2.0
     last_step: bool = True
+    start: float | None = None
 
     def evaluations(self, sigmas: Float[Tensor, " n"]) -> int:
         """Network evaluations, each with a backward call, of one trajectory down these levels."""
@@ -315,7 +318,8 @@ def infer(
             soft = conditional(model.denoiser, view.image, seeds if samples else None, model.plan.patch)
             image, residual = view.image.expand(len(soft), *view.image.shape[1:]), 0.0
         else:
-            how = Sampling(travels=0 if match in RIGID else TRAVELS)
+            alike = model.plan.thick_slices and match == "none" and not view.widened
+            how = Sampling(travels=0 if match in RIGID else TRAVELS, start=INTERPOLATED if alike else None)
             soft, image, residual = guided_pair(model, view, mode, MATCHES[match], seeds, how, progress)
         off = surprise_of(model, view, image, soft)
         return Found(view.inside(soft), view.inside(image), residual, *off, mode, match, view.widened)
@@ -414,7 +418,8 @@ def guided_pair(
     """
     plan, fields, observation = model.plan, model.denoiser.fields, view.observation
     size = tuple(m.shape[1] for m in view.matrices)
-    sigmas = schedule(plan.sigma_max, plan.sigma_min, how.steps)
+    top = how.start or plan.sigma_max
+    sigmas = schedule(top, plan.sigma_min, how.steps)
     total = how.evaluations(sigmas)
     denoise = denoise_with(model, math.prod(size))
     calls = 0
@@ -426,13 +431,18 @@ def guided_pair(
             progress(min(1.0, calls / total))
         return denoise(z, sigma)
 
+    middle = torch.zeros(1, fields.channels, *size)
+    if how.start is not None:
+        label = conditional(model.denoiser, view.image, patch=plan.patch)
+        middle = fields.join({"image": view.image, "label": 2 * label - 1})
+
     def sample(scale: float) -> Tensor:
         steered = guided(
             counted, fields, [observation], match=match, scale=scale, method=how.method, relax=how.relax,
             steer="observed" if mode == "joint-base" else "all",
         )  # fmt: skip
         generators = seeded(seeds)
-        z = plan.sigma_max * noise(torch.zeros(len(seeds), fields.channels, *size), generators)
+        z = middle + top * noise(torch.zeros(len(seeds), fields.channels, *size), generators)
         if how.sampler == "heun":
             return heun(steered, z, sigmas)
         eta = 0.0 if how.sampler == "euler" else 1.0
