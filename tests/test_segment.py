@@ -621,6 +621,27 @@ def test_a_widened_result_lies_on_the_grid_of_the_scan(measured: Model, monkeypa
     assert np.array_equal(found.labels.affine, scan().affine)
 
 
+def test_trajectories_of_thick_slices_begin_at_the_interpolation(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from genmed.tasks import segment as task
+
+    begun: list[float | None] = []
+    usual = task.guided_pair
+
+    def watched(model: Model, view: View, mode: str, match: Any, seeds: Any, how: Any, *rest: Any) -> Any:
+        begun.append(how.start)
+        return usual(model, view, mode, match, seeds, how, *rest)
+
+    monkeypatch.setattr(task, "guided_pair", watched)
+    scan = Volume(tiny.blocks(np.random.default_rng(0), (16, 16, 16), 1)[0], np.eye(4))
+    for thick in (True, False):
+        thicker = replace(model, plan=replace(model.plan, thick_slices=thick))
+        for match in ("none", "affine"):
+            task.infer(thicker, View.of(thicker.plan, scan), "restore-then-condition", match, samples=1)
+    assert begun == [task.INTERPOLATED, None, None, None]
+
+
 @pytest.mark.parametrize(
     ("values", "tried", "kept", "doubtful"),
     [  # (surprise, layout, contrast) of every attempt

@@ -137,8 +137,8 @@ class Sampling(NamedTuple):
 
     `steps` levels of noise, those between `TRAVELLED` repeated `travels` times (`genmed.samplers.time_travel`), which
     `heun` does not do. `method` and `relax` are those of `genmed.guide.guided`. `last_step`: the final image is made
-    consistent with the observation. `start`: the level at which trajectories begin around the plain interpolation of the
-    scan and its label, instead of noise alone (SDEdit, Meng et al., arXiv 2108.01073).
+    consistent with the observation. `start`: the level at which trajectories begin around the plain interpolation of
+    the scan and its label, instead of noise alone (SDEdit, Meng et al., arXiv 2108.01073).
     """
 
     steps: int = STEPS
