@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 from real import real_set
 
 from genmed.cue import cue_of_labels
