@@ -268,6 +268,11 @@ def test_the_best_peer_is_told_apart_from_the_others() -> None:
     assert "| one plane | **0.850 [0.800, 0.900]** |" in scores
 
 
+def test_a_single_person_has_no_interval() -> None:
+    scores = shapes.score_table(rows_of({"a": [0.8]}), ["one plane"], ["genmed"], "dice")
+    assert "| one plane | **0.800** |" in scores
+
+
 def test_a_kind_keeps_its_name_in_rows_and_is_called_what_it_is_in_tables() -> None:
     rows = [row._replace(kind="noisy sdf") for row in rows_of({"a": [0.8, 0.9]}) + rows_of({"a": [0.7, 0.8]}, "pca")]
     scores = shapes.score_table(rows, ["noisy sdf"], ["genmed", "pca"], "dice")

@@ -331,12 +331,12 @@ def _caption(rows: Sequence[Row], unseen: Sequence[Row]) -> str:
     categories = {(row.source, row.category) for row in shapes.values()}
     return (
         f"{len(shapes)} shapes of {len(categories)} categories, {len({r.subject for r in shapes.values()})} persons, "
-        "none seen in training. Means of the categories' means [95 % bootstrap interval, whole persons resampled]; the "
-        "best of a row in bold. Every method gets the same cue, whose box is not that of the shape. Dice and NSD on "
-        f"the voxels of the truth's cube (one voxel is about 2 % of the longest extent at 64³). Chamfer of {POINTS:,} "
-        "points of either surface and UHD from the seen part of the true surface in units of its longest side "
-        "(`genmed.shape_metrics`). All are those of the mean of a method's completions; Wu et al. (arXiv 2003.07717) "
-        f"take the mean of the UHD of each. {_failures([*rows, *unseen])}"
+        "none seen in training. Means of the categories' means [95 % bootstrap interval, whole persons resampled; none "
+        "of a single person]; the best of a row in bold. Every method gets the same cue, whose box is not that of the "
+        "shape. Dice and NSD on the voxels of the truth's cube (one voxel is about 2 % of the longest extent at 64³). "
+        f"Chamfer of {POINTS:,} points of either surface and UHD from the seen part of the true surface in units of "
+        "its longest side (`genmed.shape_metrics`). All are those of the mean of a method's completions; Wu et al. "
+        f"(arXiv 2003.07717) take the mean of the UHD of each. {_failures([*rows, *unseen])}"
     )
 
 
@@ -422,8 +422,10 @@ def _cell(
     weigh: Callable[[Sequence[Row]], np.ndarray] = macro_weights,
 ) -> str:  # fmt: skip
     groups, weights = [row.subject for row in rows], weigh(rows)
-    low, high = bootstrap_interval(values, groups=groups, weights=weights)
     middle = float(np.average(values, weights=weights))
+    if len(set(groups)) < 2:
+        return f"{middle:{sign}.{digits}f}"  # one person says nothing of others
+    low, high = bootstrap_interval(values, groups=groups, weights=weights)
     mean, low_text, high_text = (f"{x:{sign}.{digits}f}" for x in (middle, low, high))
     return f"{mean} [{low_text}, {high_text}]"
 
