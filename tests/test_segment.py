@@ -639,7 +639,7 @@ def test_trajectories_of_thick_slices_begin_at_the_interpolation(
         thicker = replace(model, plan=replace(model.plan, thick_slices=thick))
         for match in ("none", "affine"):
             task.infer(thicker, View.of(thicker.plan, scan), "restore-then-condition", match, samples=1)
-    assert begun == [task.INTERPOLATED, None, None, None]
+    assert begun == [task.START_SIGMA, None, None, None]
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ from genmed.progress import track
 from genmed.shape_model import ShapeModel, load_shapes
 from genmed.space import on_grid
 from genmed.tasks.chain import TRUST, complete_all, completed, structures_of
-from genmed.tasks.segment import segment
+from genmed.tasks.segment import START_SIGMA, segment
 from genmed.tasks.view import between_slices
 from genmed.volume import Volume, read, read_labels
 
@@ -83,6 +83,8 @@ class Arena:
         """What decides the scores of a case besides its voxels."""
         weights = [self.completer.sha256, self.segmenter.sha256 if self.segmenter else ""]
         settings = [str(entry) for entry in row.changes]
+        if self.segmenter and self.segmenter.plan.thick_slices:
+            settings.append(f"from {START_SIGMA}")
         return key_of(weights, settings, TRUST)
 
     def scores(self, row: Input, case: str) -> dict[str, float]:

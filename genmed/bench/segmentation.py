@@ -48,7 +48,16 @@ from genmed.metrics import bootstrap_interval, dice, hd95, nsd
 from genmed.progress import track
 from genmed.space import on_grid
 from genmed.surprise import LIMIT
-from genmed.tasks.segment import CONVINCING, NOT_OF_VOXELS, RESIDUAL_LIMIT, SAMPLES, STEPS, TRAVELS, segment
+from genmed.tasks.segment import (
+    CONVINCING,
+    NOT_OF_VOXELS,
+    RESIDUAL_LIMIT,
+    SAMPLES,
+    START_SIGMA,
+    STEPS,
+    TRAVELS,
+    segment,
+)
 from genmed.tasks.view import View
 from genmed.train import BEST, CHECKPOINT, Spent, fair_minutes, time_spent, train
 from genmed.volume import Grid, Volume, read, read_labels
@@ -295,6 +304,8 @@ def load_ours(folder: Path, mode: str) -> Trained:
 
     limits = {"limit": LIMIT, "convincing": CONVINCING}
     settings = {"mode": mode, "steps": STEPS, "travels": TRAVELS, "samples": SAMPLES, **limits}
+    if plan.thick_slices:
+        settings["start"] = START_SIGMA
     best = hub.read_card(best_of(folder)).scores.get("tune dice", float("nan"))
     return Trained(
         folder, model.sha256, settings, dict(zip(plan.label_values, plan.labels, strict=True)),

@@ -50,7 +50,7 @@ OTHER_MODALITY = ("affine", "curve")  # tried in this order when the image is su
 STEPS = 8  # noise levels of a guided trajectory
 TRAVELS = 2  # times each level of it between TRAVELLED is repeated with a flexible match, which can settle wrongly
 TRAVELLED = (0.1, 3.0)
-INTERPOLATED = 1.0  # noise level at which trajectories of thick slices begin, around their interpolation
+START_SIGMA = 1.0  # noise level at which trajectories of thick slices begin, around their interpolation
 SAMPLES = 4  # guided trajectories that are averaged
 RESIDUAL_LIMIT = 5.0  # of a result that explains its scan: 1 for coarse voxels, 2 to 4.3 for slices at full resolution
 NOT_OF_VOXELS = ("lncc", "mind", "mi")  # matches whose residual is not in units of the voxels' noise
@@ -319,7 +319,7 @@ def infer(
             image, residual = view.image.expand(len(soft), *view.image.shape[1:]), 0.0
         else:
             alike = model.plan.thick_slices and match == "none" and not view.widened
-            how = Sampling(travels=0 if match in RIGID else TRAVELS, start=INTERPOLATED if alike else None)
+            how = Sampling(travels=0 if match in RIGID else TRAVELS, start=START_SIGMA if alike else None)
             soft, image, residual = guided_pair(model, view, mode, MATCHES[match], seeds, how, progress)
         off = surprise_of(model, view, image, soft)
         return Found(view.inside(soft), view.inside(image), residual, *off, mode, match, view.widened)
