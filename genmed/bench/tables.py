@@ -176,7 +176,7 @@ SETS = {
     "hippocampus-1mm": TrainingSet(
         "Task04_Hippocampus", SPLITS / "hippocampus.json", 1.0, "base", 101, model="hippocampus-mr"
     ),
-    "acdc": TrainingSet("acdc", SPLITS / "acdc.json", 2.5, "small", 40),
+    "acdc": TrainingSet("acdc", SPLITS / "acdc.json", 2.5, "small", 40, model="heart-mr"),
     "left_atrium": TrainingSet("left_atrium", SPLITS / "left_atrium.json", 2.5, "small", 20),
     # Public sets that whoever has them lays out; the minutes are meant for a GPU, and nobody has tried them.
     "totalsegmentator": TrainingSet("totalsegmentator", None, 3.0, "base", 480),
