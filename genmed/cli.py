@@ -529,6 +529,9 @@ def generate_shapes(
     model: ModelName,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the surfaces.")],
     text: Annotated[str | None, typer.Option(help="What to draw, in words; default: anything.")] = None,
+    volume: Annotated[
+        float | None, typer.Option(metavar="ML", help="Volume of every shape; default: as the text says, or any.")
+    ] = None,
     count: Annotated[int, typer.Option("-n", help="Number of shapes.")] = 8,
     seed: Seed = 0,
     file_format: Annotated[str, typer.Option("--format", help="Of the surfaces: stl, ply or glb.")] = "stl",
@@ -539,8 +542,9 @@ def generate_shapes(
     from genmed.tasks.shapes import generate_files
 
     facts = generate_files(
-        load_shapes(model), out, count, text=text, seed=seed, format=file_format, command=_command_line()
-    )
+        load_shapes(model), out, count, text=text, volume_ml=volume, seed=seed, format=file_format,
+        command=_command_line(),
+    )  # fmt: skip
     _warn(facts, "some shapes have no known size: their structure had no scale in mm in training; units are arbitrary")
     lines = [
         f"{row['file']}: no known size"

@@ -60,6 +60,9 @@ FOREIGN = """
     pequeno pequena
 """
 NEGATIONS = {"not", "no", "non", "nor", "neither", "never", "without", "except", "instead", "anything", "isn"}
+VOLUMES = dict.fromkeys(("ml", "millilitres", "milliliters", "cc", "cm3", "cm³"), 1.0)
+VOLUMES |= dict.fromkeys(("l", "litres", "liters", "litre", "liter"), 1000.0)
+VOLUME = rf"(?<![\w.,-])(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>{'|'.join(VOLUMES)})(?!\w)"
 WHOLES = {"heart", "cardiac", "brain"}  # words for where a structure is, too: "left ventricle of the heart"
 
 
@@ -101,6 +104,20 @@ def understand(text: str, categories: Mapping[str, Sequence[str]]) -> Named | st
     if unknown := [side for side in sides if side not in categories[category]]:
         return f"says '{unknown[0]}', but this model knows no {unknown[0]} {category}"
     return Named(category, sides[0] if len(sides) == 1 else "")
+
+
+def stated_ml(text: str) -> float | None:
+    """The volume that a text states once, in ml; those of findings are not the structure's. None where there is none.
+
+    >>> stated_ml("a large left kidney with a 20 ml tumour, 0.2 l")
+    200.0
+    """
+    found = []
+    for match in re.finditer(VOLUME, text.lower()):
+        following = _words(text[match.end() :])[:1]
+        if not {_stem(word) for word in following} & _FINDINGS:
+            found.append(float(match["number"]) * VOLUMES[match["unit"]])
+    return found[0] if len(found) == 1 and found[0] > 0 else None
 
 
 def _doubt(words: Sequence[str], own: set[str]) -> str:

@@ -92,6 +92,23 @@ def test_generated_sizes_follow_the_caption(model: ShapeModel) -> None:
     assert len(gm.generate(model, 2)) == 2
 
 
+def test_a_stated_volume_is_kept(model: ShapeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kidneys = gm.generate(model, 3, text=embed(["left kidney"])[0], volume_ml=150, seed=1)
+    assert [shape.to_mesh().volume_ml for shape in kidneys] == pytest.approx([150] * 3, rel=1e-3)
+    for text, volume_ml, asked in (("left kidney, 150 ml", None, 150), ("left kidney, 150 ml", 90, 90)):
+        facts = generate_files(model, tmp_path, 2, text=text, volume_ml=volume_ml)
+        assert facts["asked_ml"] == asked
+        assert [row["volume_ml"] for row in facts["shapes"]] == pytest.approx([asked] * 2, rel=1e-3)
+    assert generate_files(model, tmp_path, 1, text="left kidney")["asked_ml"] is None
+    monkeypatch.setattr(gm.tasks.complete, "resized", lambda shape, volume_ml: shape)  # what steering alone does
+    usual = [shape.to_mesh().volume_ml for shape in gm.generate(model, 4, seed=1)]
+    for wanted in (0.7 * np.median(usual), 1.4 * np.median(usual)):
+        steered = gm.generate(model, 4, volume_ml=wanted, seed=1)
+        assert [shape.to_mesh().volume_ml for shape in steered] == pytest.approx([wanted] * 4, rel=0.3)
+    with pytest.raises(gm.GenMedError, match="above 0"):
+        gm.generate(model, 1, volume_ml=0)
+
+
 def test_shapes_without_a_scale_have_no_size(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As training leaves a structure whose shapes had none."""
     model, size = load_shapes(folder), 24  # after the codes
@@ -640,6 +657,7 @@ def test_bad_parts_give_one_line(folder: Path, tmp_path: Path) -> None:
     failed_in_one_line(genmed("generate", "--model", folder, "--out", empty), "give a folder")
     failed_in_one_line(genmed("generate", "--model", folder, "--out", tmp_path / "x", "-n", 0), "-n 0")
     failed_in_one_line(genmed("generate", "--model", folder, "--out", tmp_path / "x", "--format", "obj"), "stl, ply")
+    failed_in_one_line(genmed("generate", "--model", folder, "--out", tmp_path / "x", "--volume", -1), "above 0, in ml")
     assert not (tmp_path / "x").exists()
 
 

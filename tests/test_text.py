@@ -9,7 +9,7 @@ import torch
 from genmed import text
 from genmed.data.shapes.captions import Facts, Terciles, captions
 from genmed.errors import GenMedError
-from genmed.text import Named, embed, understand
+from genmed.text import Named, embed, stated_ml, understand
 
 KNOWN = {
     "kidney": ("left", "right"), "femur": ("right",), "ventricle": (), "fourth ventricle": (), "left atrium": (),
@@ -119,3 +119,23 @@ def test_a_missing_package_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(GenMedError, match=r"'\.\[text\]'"):
         embed(["kidney"])
     text._encoder.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("text", "volume_ml"),
+    [
+        ("left kidney, 150 ml", 150),
+        ("an elongated left kidney of 150.5ml without a tumour, rather large", 150.5),
+        ("0.2 l left kidney with a 20 ml tumour", 200),
+        ("a kidney of 90 cm³", 90),
+        ("a kidney of 90 cc, 95 mm long", 90),
+        ("a kidney of 90 or 95 ml", 95),
+        ("a kidney of 1-90 ml", None),  # a range
+        ("90 ml or 95 ml", None),
+        ("a kidney, 0 ml", None),
+        ("a kidney, 95 mm long", None),
+        ("left kidney", None),
+    ],
+)
+def test_volumes_in_words(text: str, volume_ml: float | None) -> None:
+    assert stated_ml(text) == volume_ml

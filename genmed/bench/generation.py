@@ -3,8 +3,9 @@
 One shape is drawn for the caption of each reference shape. Sets are compared by MMD, COV and 1-NNA of points on the
 surfaces, every shape in its own unit box, so that size does not count: that is what the rank correlation of captioned
 and generated volumes is for. Rows: captions in phrasings of the training and in phrasings that it never saw
-(`genmed.data.shapes.captions.HELD_OUT_TEMPLATES`), a Gaussian of principal components that is told category and side,
-training shapes replayed, and the reference itself. A row of OUT/generation.csv is written as soon as it is finished.
+(`genmed.data.shapes.captions.HELD_OUT_TEMPLATES`), the latter also steered to the volume that they state, a Gaussian of
+principal components that is told category and side, training shapes replayed, and the reference itself. A row of
+OUT/generation.csv is written as soon as it is finished.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ TRAINING = 1000    # training shapes of a category and side at most, among which
 METHODS = {
     "genmed": "GenMed, phrasings of the training",
     "genmed-held-out": "GenMed, held-out phrasings",
+    "genmed-steered": "GenMed, held-out phrasings, steered to the volumes that they state",
     "gaussian": "Gaussian of principal components, category and side told",
     "replay": "training shapes replayed",
     "reference": "the reference shapes themselves",
@@ -129,15 +131,18 @@ def makers(data: ShapeDataset, model: ShapeModel) -> Mapping[str, Callable[[Sequ
     return {
         "genmed": partial(from_captions, data, model, False),
         "genmed-held-out": partial(from_captions, data, model, True),
+        "genmed-steered": partial(from_captions, data, model, True, steered=True),
         "gaussian": partial(from_gaussians, data),
         "replay": partial(replayed, data),
         "reference": lambda numbers: Drawn([data.shape(i) for i in numbers], np.full(len(numbers), np.nan)),
     }
 
 
-def from_captions(data: ShapeDataset, model: ShapeModel, held_out: bool, reference: Sequence[int]) -> Drawn:
-    """A shape for one of the captions of every reference shape."""
-    from genmed.text import embed
+def from_captions(
+    data: ShapeDataset, model: ShapeModel, held_out: bool, reference: Sequence[int], steered: bool = False
+) -> Drawn:
+    """A shape for one of the captions of every reference shape; if `steered`, as `genmed generate` draws it."""
+    from genmed.text import embed, stated_ml
 
     rng = np.random.default_rng(0)
     captions, stated = [], []
@@ -146,8 +151,9 @@ def from_captions(data: ShapeDataset, model: ShapeModel, held_out: bool, referen
         known = (row.held_out_captions if held_out else row.captions) or (name_of(row),)
         captions.append(known[rng.integers(len(known))])
         stated.append(row.volume_ml if row.volume_ml is not None and " ml" in captions[-1] else np.nan)
-    embeddings = embed(captions)
-    shapes = [generate(model, 1, text=text, seed=number)[0] for number, text in enumerate(embeddings)]
+    volumes = [stated_ml(caption) if steered else None for caption in captions]
+    asked = enumerate(zip(embed(captions), volumes, strict=True))
+    shapes = [generate(model, 1, text=text, volume_ml=ml, seed=number)[0] for number, (text, ml) in asked]
     return Drawn(shapes, np.array(stated, float))
 
 

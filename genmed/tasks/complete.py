@@ -35,6 +35,7 @@ LENGTH = 4.0    # voxels: how far what a sample missed of the cue is believed to
 AMPLITUDE = 1.0
 GP_SIGMA = 0.1  # voxels
 GP_ITERATIONS = 12
+VOLUME_SIGMA = 0.02  # of ln volume: how closely a trajectory is steered to a stated one
 BELIEVED = 2.0  # voxels of the cube: a smooth border that lies no further from the completed one is taken as it is
 
 Progress = Callable[[float], None]
@@ -184,15 +185,23 @@ def draw(
 
 @torch.no_grad()
 def generate(
-    model: ShapeModel, count: int, *, text: Float[Tensor, " e"] | None = None, seed: int = 0
+    model: ShapeModel,
+    count: int,
+    *,
+    text: Float[Tensor, " e"] | None = None,
+    volume_ml: float | None = None,
+    seed: int = 0,
 ) -> tuple[Shape, ...]:
     """Draw complete shapes around the world's origin, of a caption's sentence embedding or of whatever is known.
 
-    Those of a structure whose training shapes had no size in mm are not `scaled`. Raises `GenMedError` for fewer
-    shapes than 1.
+    A volume is one more observation: trajectories are steered to it, and what is left of the difference is a matter of
+    the size. Without one, shapes of a structure whose training shapes had no size in mm are not `scaled`. Raises
+    `GenMedError` for fewer shapes than 1 and volumes that are not above 0.
     """
     if count < 1:
         raise GenMedError(f"count {count}: must be 1 or more.")
+    if volume_ml is not None and not 0 < volume_ml < float("inf"):
+        raise GenMedError(f"volume {volume_ml:g} ml: must be above 0.")
     fields, plan = model.fields, model.plan
     words = torch.zeros(1, plan.text_channels) if text is None else model.text_of(text[None])
     level = torch.tensor([0.0, 0.0, plan.sigma_max if text is None else 0.0])
@@ -202,15 +211,46 @@ def generate(
         levels = (level + torch.tensor([sigma, sigma, 0.0])).expand(len(z), -1)
         return model.denoiser(fields.join(parts), levels)
 
-    generators = seeded([seed * 1_000_003 + i for i in range(count)])
-    z = plan.sigma_max * noise(torch.zeros(count, fields.channels, 1, 1, 1), generators)
-    drawn = fields.split(heun(denoise, z, schedule(plan.sigma_max, plan.sigma_min, GENERATED_STEPS)))
+    def trajectory(scale: float) -> Tensor:
+        generators = seeded([seed * 1_000_003 + i for i in range(count)])
+        z = plan.sigma_max * noise(torch.zeros(count, fields.channels, 1, 1, 1), generators)
+        steps = denoise if volume_ml is None else guided(denoise, fields, _held(model, volume_ml), scale=scale)
+        return heun(steps, z, schedule(plan.sigma_max, plan.sigma_min, GENERATED_STEPS))
+
+    drawn = fields.split(retry(trajectory))
     codes = drawn["shape"].flatten(1)
     volume = model.decode(codes, None if text is None else words.expand(count, -1))
     log_mm = model.log_voxel_mm(drawn["size"].flatten(1))
     poses = torch.cat([torch.zeros(count, 3), log_mm], dim=1)
     spoken = (words if text is not None else torch.full_like(words, torch.nan)).expand(count, -1)
-    return shapes_at(volume, poses, model.scaled(codes, spoken, BLUR))
+    shapes = shapes_at(volume, poses, model.scaled(codes, spoken, BLUR))
+    return shapes if volume_ml is None else tuple(resized(shape, volume_ml) for shape in shapes)
+
+
+def _held(model: ShapeModel, volume_ml: float) -> Callable[[Tensor], Callable[[Tensor], Float[Tensor, "b 1"]]]:
+    """The residual of a stated volume, as `genmed.guide.guided` takes it: ln of what a draw holds over ln of it."""
+    step = model.plan.size / model.autoencoder.side  # voxels of the cube in one of the autoencoder's
+
+    def residual(z0: Tensor) -> Tensor:
+        parts = model.fields.split(z0)
+        inside = (0.5 - model.autoencoder.decode(parts["shape"].flatten(1)) / step).clamp(0, 1)
+        held = inside.flatten(1).sum(1, keepdim=True).clamp(min=1.0).log() + 3 * float(np.log(step))
+        log_ml = held + 3 * model.log_voxel_mm(parts["size"].flatten(1)) - float(np.log(1000))
+        return (float(np.log(volume_ml)) - log_ml) / VOLUME_SIGMA
+
+    return lambda z0: residual
+
+
+def resized(shape: Shape, volume_ml: float) -> Shape:
+    """A shape around the origin at the size at which its surface holds this volume."""
+    try:
+        larger = (volume_ml / shape.to_mesh().volume_ml) ** (1 / 3)
+    except GenMedError:  # a rare draw that encloses nothing
+        return shape
+    x, y, z = shape.origin_mm
+    return replace(
+        shape, voxel_mm=larger * shape.voxel_mm, origin_mm=(larger * x, larger * y, larger * z), scaled=True
+    )
 
 
 def energy(z0: Float[Tensor, "b c 1 1 1"], posed: Posed) -> Float[Tensor, " b"]:

@@ -33,6 +33,7 @@ from genmed.shape_model import ShapeModel
 from genmed.tasks.compare import Seen, Surfaces, completion_page, read_truth, together
 from genmed.tasks.complete import Completion, Progress, complete, generate
 from genmed.tasks.region import cue_of_cloud, cue_of_region, seen_at
+from genmed.text import embed, stated_ml, understand
 from genmed.volume import Volume, read, read_labels, require_same_grid
 
 NIFTI = (".nii.gz", ".nii")
@@ -145,13 +146,15 @@ def generate_files(
     count: int,
     *,
     text: str | None = None,
+    volume_ml: float | None = None,
     seed: int = 0,
     format: str = "stl",
     command: str = "",
 ) -> dict[str, Any]:
     """Draw shapes and write them as surfaces around the origin, with generated.json; returns what that says.
 
-    Coordinates are mm; `format` is one of `FORMATS`. Shapes that an earlier generated.json lists are replaced, and
+    Without a `volume_ml`, it is that which the text states, if it states one. Coordinates are mm; `format` is one of
+    `FORMATS`. Shapes that an earlier generated.json lists are replaced, and
     deleted where fewer, or others, are drawn now. Raises `GenMedError`.
     """
     out = Path(out).expanduser()
@@ -161,11 +164,19 @@ def generate_files(
         raise GenMedError(f"-n {count} --seed {seed}: give 1 to {MOST} shapes and a seed of 0 or more.")
     if format not in FORMATS:
         raise GenMedError(f"--format {format}: unknown; choose {', '.join(FORMATS)}.")
+    if volume_ml is not None and not 0 < volume_ml < float("inf"):
+        raise GenMedError(f"--volume {volume_ml:g}: must be above 0, in ml.")
     require_room("--out", out / "generated.json")
     warning, embedding = words(model, text)
+    if volume_ml is None and text is not None and embedding is not None:
+        volume_ml = stated_ml(text)
     rows: list[dict[str, Any]] = []
     before = _generated(out)
-    for number, shape in enumerate(generate(model, count, text=embedding, seed=seed)):
+    try:
+        shapes = generate(model, count, text=embedding, volume_ml=volume_ml, seed=seed)
+    except Diverged as error:
+        raise GenMedError(f"no shapes of {volume_ml:g} ml were found ({error}); choose another volume.") from error
+    for number, shape in enumerate(shapes):
         try:
             mesh = shape.to_mesh()
         except GenMedError:
@@ -181,6 +192,7 @@ def generate_files(
         "weights_sha256": model.sha256,
         "text": text if embedding is not None else None,
         "warning": warning,
+        "asked_ml": volume_ml,
         "scale_known": all(row["volume_ml"] is not None for row in rows),
         "seed": seed,
         "shapes": rows,
@@ -206,8 +218,6 @@ def words(model: ShapeModel, text: str | None) -> tuple[str, Any]:
 
     Of a text whose side is all that is wrong, the structure's name is taken.
     """
-    from genmed.text import embed, understand
-
     if text is None:
         return "", None
     named = understand(text, model.plan.categories)
