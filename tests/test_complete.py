@@ -28,10 +28,10 @@ from genmed.pose import Posed
 from genmed.shape import TRUNCATION
 from genmed.shape_model import ShapeModel, ShapePlan, build_shapes_model, load_shapes
 from genmed.tasks import shapes
-from genmed.tasks.complete import Completion, believed, shape_at
+from genmed.tasks.complete import Completion, agreement, believed, shape_at
 from genmed.tasks.shapes import complete_file, cue_of_sections, generate_files, parse_planes
 from genmed.text import embed
-from genmed.volume import Grid, Volume
+from genmed.volume import Grid, Volume, read_labels
 
 TRIPLE = "axial=14,coronal=18,sagittal=17"
 
@@ -343,6 +343,38 @@ def test_a_completion_lies_rightly_on_any_grid() -> None:
         np.testing.assert_allclose(found.distance_mm(Grid(size, moved)), true, atol=0.6)  # of kinks, too
         inside = found.probability(Grid(size, moved)) > 0.5
         np.testing.assert_array_equal(inside[np.abs(true) > 0.3], (true < 0)[np.abs(true) > 0.3])
+
+
+def test_what_the_model_does_not_know_is_not_rubbed_out(folder: Path, model: ShapeModel, tmp_path: Path) -> None:
+    affine, angle = np.diag([4.0, 4, 4, 1]), np.zeros((48, 48, 48), bool)
+    angle[3:9, 21:27, 3:45] = angle[3:45, 21:27, 3:9] = True
+    for inside, unlike in ((angle, True), (kidney(), False)):
+        found = gm.complete(model, cue_of_labels(inside, affine, doubtful=True), samples=1)
+        assert found.unlike is unlike
+        assert dice(found.probability(Grid(inside.shape, affine)) > 0.5, inside) > 0.85
+        Volume(inside.astype(np.uint8)[None], affine).save(tmp_path / "part.nii.gz")
+        result = genmed("complete", tmp_path / "part.nii.gz", "--model", folder, "--out", tmp_path / "whole.nii.gz",
+                        "--samples", 1, "--page", tmp_path / "page.html")  # fmt: skip
+        assert result.exit_code == 0 and ("nothing that this model knows is like it" in result.output) is unlike
+        whole = read_labels(tmp_path / "whole.nii.gz").data[0] != 0
+        assert (whole == inside).all() or not unlike
+        assert json.loads((tmp_path / "whole.manifest.json").read_text())["unlike"] is unlike
+
+
+def test_agreement_counts_what_was_seen(model: ShapeModel) -> None:
+    affine = np.diag([4.0, 4, 4, 1])
+    whole = cue_of_labels(kidney(), affine, doubtful=True)
+    low, high = whole.box_mm
+    voxel_mm = 1.25 * float((high - low).max()) / model.plan.size
+    posed = Posed(model, whole, torch.from_numpy(np.append((low + high) / 2, np.log(voxel_mm))[None]).float())
+    places = (np.moveaxis(np.indices((model.plan.size,) * 3), 0, -1) - (model.plan.size - 1) / 2) * voxel_mm
+    exact = ellipsoid_distance(np.array(RADII["kidney"]) * EXTENT_MM["kidney"] / 2, places) / voxel_mm
+    volume = torch.from_numpy(exact.clip(-TRUNCATION, TRUNCATION)).float()[None, None]
+    assert agreement(volume, posed) > 0.95
+    assert agreement(volume.abs() + 1, posed) == 0
+    half = volume.clone()
+    half[:, :, : model.plan.size // 2] = TRUNCATION
+    assert 0.5 < agreement(half, posed) < 0.85
 
 
 HOLLOW = together(ball(30.0), Mesh(ball(15.0).vertices, ball(15.0).faces[:, ::-1]))

@@ -22,14 +22,14 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from genmed.cue import Cue, likely, spline, thinned, with_sides
+from genmed.cue import Cue, likely, thinned, with_sides
 from genmed.data.shapes import ShapeDataset
 from genmed.laplace import Fit, gauss_newton
 from genmed.nets.autoencoder import LinearAutoencoder, principal_components
 from genmed.pose import Posed, first_poses
-from genmed.shape import TRUNCATION, Shape
+from genmed.shape import Shape
 from genmed.shape_model import ShapeModel, ShapePlan, build_shapes_model
-from genmed.tasks.complete import believed, honoured, shape_at
+from genmed.tasks.complete import believed, honoured, interpolated, shape_at
 from genmed.train_shapes import SIDE, lowered, training_shapes
 
 MODES = 200          # at most, of every statistical model
@@ -43,7 +43,6 @@ COARSE = 16          # voxels a side by which training shapes are compared first
 COARSE_POINTS, COARSE_POSES = 200, 4
 SHORTLIST = 24       # training shapes whose pose is fitted
 POSE_CALLS = 8
-RBF_SIDE = 48        # voxels a side of the interpolation's cube
 REACH = 2.2          # side of the interpolation's cube over the longest extent seen
 
 Told = tuple[str, str] | None
@@ -251,11 +250,5 @@ class Interpolation:
 
     def complete(self, cue: Cue, told: Told, seed: int = 0) -> tuple[Shape, ...]:
         """The zero level of the spline, in a cube of `REACH` times the longest extent seen."""
-        middle, longest = cue.box_mm.mean(axis=0), float(np.ptp(cue.box_mm, axis=0).max())
-        axis = (np.arange(RBF_SIDE) - (RBF_SIDE - 1) / 2) * (REACH * longest / RBF_SIDE)
-        grid = np.stack(np.meshgrid(*[axis] * 3, indexing="ij"), axis=-1).reshape(-1, 3) + middle
-        found = torch.from_numpy(spline(cue, seed)(grid)).reshape((1, 1) + (RBF_SIDE,) * 3)
-        voxel_mm = REACH * longest / self.size
-        volume = F.interpolate(found, size=(self.size,) * 3, mode="trilinear", align_corners=False)
-        pose = np.append(middle, np.log(voxel_mm))
-        return (shape_at((volume[0, 0].numpy() / voxel_mm).clip(-TRUNCATION, TRUNCATION), pose),)
+        volume, poses = interpolated(cue, self.size, seed, REACH)
+        return (shape_at(volume[0, 0].numpy(), poses[0].numpy()),)

@@ -9,18 +9,19 @@ from functools import reduce
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from genmed.cue import Cue, likely, with_sides
+from genmed.cue import Cue, likely, spline, with_sides
 from genmed.errors import GenMedError
 from genmed.fields import Field, Fields
 from genmed.guide import consistent, guided, retry
 from genmed.laplace import Supposition, suppositions
 from genmed.mesh import Mesh, surface
-from genmed.pose import Posed
+from genmed.pose import Posed, sample
 from genmed.samplers import euler, heun, noise, schedule, seeded
-from genmed.shape import TRUNCATION, Shape, encode
+from genmed.shape import MARGIN, TRUNCATION, Shape, encode
 from genmed.shape_model import ShapeModel
 from genmed.tasks.segment import Interval
 from genmed.volume import Grid
@@ -37,6 +38,8 @@ GP_SIGMA = 0.1  # voxels
 GP_ITERATIONS = 12
 VOLUME_SIGMA = 0.02  # of ln volume: how closely a trajectory is steered to a stated one
 BELIEVED = 2.0  # voxels of the cube: a smooth border that lies no further from the completed one is taken as it is
+SPLINE_SIDE = 48  # points of a spline along the sides of its cube
+AGREED = 0.4    # overlap of a doubtful cue with its completion, below which the model knows nothing like it
 
 Progress = Callable[[float], None]
 
@@ -46,7 +49,8 @@ class Completion:
     """What `complete` found: `shapes` of all kept samples, of least energy first, in world mm.
 
     `residual` is the root mean square of what the first sample misses of the cue, in mm. `volume_ml` is an interval
-    over samples if there are at least two.
+    over samples if there are at least two. `unlike`: nothing that the model knows agrees with a doubtful cue, which was
+    then taken as it is: there is one shape, and no model in it.
     """
 
     shapes: tuple[Shape, ...]
@@ -54,6 +58,7 @@ class Completion:
     volume_ml: Interval | None
     seconds: float
     seed: int
+    unlike: bool = False
 
     def probability(self, grid: Grid) -> Float[np.ndarray, "x y z"]:
         """Share of every voxel of a grid that is inside, averaged over samples."""
@@ -92,7 +97,8 @@ def complete(
 
     What the cue may be of, and where, is settled first, in closed form (`genmed.laplace.suppositions`). Trajectories
     start from the likeliest suppositions, as often as the evidence says, and are guided by the cue. What they still
-    miss of it is added as a Gaussian process.
+    miss of it is added as a Gaussian process. A doubtful map that hardly overlaps with its completion, and not because
+    of noise, is interpolated instead: what the model does not know, it shall not rub out.
 
     Args:
         text: sentence embedding of a caption (`genmed.text.embed`). None: samples need not be of the same structure.
@@ -117,11 +123,18 @@ def complete(
     volume = model.decode(codes, words[order])
     posed = Posed(model, cue, posed.pose[order])
     volume = believed(honoured(volume, posed), posed)
-    shapes = shapes_at(volume, posed.pose, model.scaled(codes, words[order], BLUR))
+    unlike = cue.doubtful and cue.border is not None and agreement(volume[:1], posed) < AGREED
+    if unlike:
+        volume, pose = interpolated(cue, model.plan.size, seed)
+        posed = Posed(model, replace(cue, doubtful=False), pose)
+        volume = believed(honoured(volume, posed), posed)
+        shapes = shapes_at(volume, pose, [True])
+    else:
+        shapes = shapes_at(volume, posed.pose, model.scaled(codes, words[order], BLUR))
     if progress:
         progress(1.0)
     missed = float((posed.misses(volume[:1], posed.pose[:1]) ** 2).mean().sqrt() * posed.pose[0, 3].exp())
-    return Completion(shapes, missed, _interval(shapes), time.monotonic() - started, seed)
+    return Completion(shapes, missed, _interval(shapes), time.monotonic() - started, seed, unlike)
 
 
 def starts(
@@ -280,6 +293,28 @@ def honoured(volume: Float[Tensor, "b 1 n n n"], posed: Posed) -> Float[Tensor, 
     for _ in range(2):  # bounds that were kept before may be left by the first correction
         volume = consistent(volume, sdf, fit, length=LENGTH, amplitude=AMPLITUDE, iterations=GP_ITERATIONS)
     return volume
+
+
+def agreement(volume: Float[Tensor, "1 1 n n n"], posed: Posed) -> float:
+    """Dice coefficient of what the cue says is inside and what the first completion has inside, at the cue's points."""
+    q = (posed.points - posed.pose[0, :3]) / posed.pose[0, 3].exp()
+    found = sample(volume, q[None], posed.model.plan.size)[0] < 0
+    inside, outside = (posed.upper <= 0) & (posed.lower < 0), (posed.lower >= 0) & (posed.upper > 0)
+    both, either = (found & inside).sum(), inside.sum() + (found & (inside | outside)).sum()
+    return float(2 * both / either.clamp(min=1))
+
+
+def interpolated(
+    cue: Cue, size: int, seed: int = 0, reach: float = MARGIN
+) -> tuple[Float[Tensor, "1 1 n n n"], Float[Tensor, "1 4"]]:
+    """A spline through a cue (`genmed.cue.spline`) in a cube of `reach` times the longest extent seen, and its pose."""
+    middle, longest = cue.box_mm.mean(axis=0), float(np.ptp(cue.box_mm, axis=0).max())
+    axis = (np.arange(SPLINE_SIDE) - (SPLINE_SIDE - 1) / 2) * (reach * longest / SPLINE_SIDE)
+    grid = np.stack(np.meshgrid(*[axis] * 3, indexing="ij"), axis=-1).reshape(-1, 3) + middle
+    voxel_mm = reach * longest / size
+    found = torch.from_numpy(spline(cue, seed)(grid)).float().reshape((1, 1) + (SPLINE_SIDE,) * 3) / voxel_mm
+    volume = F.interpolate(found, size=(size,) * 3, mode="trilinear", align_corners=False)
+    return volume.clamp(-TRUNCATION, TRUNCATION), torch.from_numpy(np.append(middle, np.log(voxel_mm))[None]).float()
 
 
 def believed(volume: Float[Tensor, "b 1 n n n"], posed: Posed) -> Float[Tensor, "b 1 n n n"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import reduce
 from importlib.metadata import version
 from pathlib import Path
@@ -101,6 +102,10 @@ def complete_file(
         raise GenMedError(f"{part}: {error}") from error
     except Diverged as error:
         raise GenMedError(f"{part}: the completion diverged ({error}); show more of it, or another --seed.") from error
+    if found.unlike:
+        cue = replace(cue, doubtful=False)
+        unlike = "nothing that this model knows is like it: what was seen is kept, matter in excess, too"
+        warning = "; ".join(filter(None, (warning, unlike)))
     facts = {
         "command": command,
         "genmed": version("genmed"),
@@ -111,6 +116,7 @@ def complete_file(
         "repairs": list(repairs),
         "planes": {name: list(values) for name, values in wanted.items()},
         "doubtful": cue.doubtful,
+        "unlike": found.unlike,
         "distances": distances,
         "text": text if embedding is not None else None,
         "warning": warning,
@@ -405,8 +411,8 @@ def _made(
         grid = found.shapes[0].grid
         label, seen = Volume(np.zeros((1, *grid.shape), np.uint8), grid.affine), None
     chance = found.probability(label.grid)
-    if seen is not None and not cue.doubtful:
-        chance = np.where(seen, label.data[0] != 0, chance)
+    if not cue.doubtful:
+        chance = np.where(True if seen is None else seen, label.data[0] != 0, chance)
     return label.like((chance > 0.5).astype(np.uint8)), label.like(chance.astype(np.float32))
 
 
