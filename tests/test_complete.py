@@ -100,6 +100,8 @@ def test_a_stated_volume_is_kept(model: ShapeModel, tmp_path: Path, monkeypatch:
         assert facts["asked_ml"] == asked
         assert [row["volume_ml"] for row in facts["shapes"]] == pytest.approx([asked] * 2, rel=1e-3)
     assert generate_files(model, tmp_path, 1, text="left kidney")["asked_ml"] is None
+    strange = generate_files(model, tmp_path, 1, text="left kidney", volume_ml=1e6)
+    assert "not known" in strange["warning"] and not facts["warning"]
     monkeypatch.setattr(gm.tasks.complete, "resized", lambda shape, volume_ml: shape)  # what steering alone does
     usual = [shape.to_mesh().volume_ml for shape in gm.generate(model, 4, seed=1)]
     for wanted in (0.7 * np.median(usual), 1.4 * np.median(usual)):

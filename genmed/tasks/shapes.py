@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
+from torch import Tensor
 
 from genmed.comparison import slice_corners
 from genmed.cue import AXES, ROOM, Cue, cue_of_distance_map, cue_of_labels, cue_of_points, planes_of, united
@@ -41,6 +42,7 @@ NIFTI = (".nii.gz", ".nii")
 FORMATS = ("stl", "ply", "glb")  # of surfaces that are written
 OUT_SUFFIXES = (*NIFTI, *(f".{name}" for name in FORMATS))
 MOST = 1000  # shapes that one command generates
+USUAL, FAR = 16, 3.0  # shapes drawn to see what volumes are usual; times these, others are believed
 ACROSS = 80  # points across a section of a mesh
 
 
@@ -182,6 +184,8 @@ def generate_files(
         shapes = generate(model, count, text=embedding, volume_ml=volume_ml, seed=seed)
     except Diverged as error:
         raise GenMedError(f"no shapes of {volume_ml:g} ml were found ({error}); choose another volume.") from error
+    if volume_ml is not None and (far := far_from_usual(model, embedding, volume_ml, seed)):
+        warning = "; ".join(filter(None, (warning, far)))
     for number, shape in enumerate(shapes):
         try:
             mesh = shape.to_mesh()
@@ -207,6 +211,18 @@ def generate_files(
     for name in before - {row["file"] for row in rows}:
         (out / name).unlink(missing_ok=True)
     return facts
+
+
+def far_from_usual(model: ShapeModel, text: Float[Tensor, " e"] | None, volume_ml: float, seed: int = 0) -> str:
+    """What to say of a volume unlike those of shapes that are drawn without one; nothing where it is like them."""
+    logs = []
+    for shape in generate(model, USUAL, text=text, seed=seed):
+        if inside := int((shape.sdf < 0).sum()):
+            logs.append(np.log(inside * shape.voxel_mm**3 / 1000))
+    low, high = (float(f"{np.exp(x):.2g}") for x in (np.quantile(logs, [0.1, 0.9]) if logs else (np.inf, -np.inf)))
+    if low / FAR <= volume_ml <= high * FAR:
+        return ""
+    return f"shapes of {volume_ml:g} ml are not known, usual ones hold {low:g} to {high:g} ml: these are stretched"
 
 
 def _generated(folder: Path) -> set[str]:
