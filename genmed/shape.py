@@ -50,6 +50,11 @@ class Shape:
         x, y, z = self.sdf.shape
         return Grid((x, y, z), affine)
 
+    @property
+    def volume_ml(self) -> float:
+        """Voxels inside, in ml."""
+        return float((self.sdf < 0).sum() * self.voxel_mm**3 / 1000)
+
     def to_mesh(self) -> Mesh:
         """The surface in the source's mm."""
         return surface(self.distance, self.grid.affine)

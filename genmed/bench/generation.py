@@ -204,11 +204,6 @@ def cloud(shape: Shape, seed: int) -> Float[np.ndarray, "n 3"]:
     return to_unit_box(sample_surface(mesh, POINTS, seed), mesh.vertices)
 
 
-def volume_ml(shape: Shape) -> float:
-    """Voxels inside, in ml."""
-    return float((shape.sdf < 0).sum() * shape.voxel_mm**3 / 1000)
-
-
 # Comparisons ----------------------------------------------------------------------------------------------
 
 
@@ -270,7 +265,7 @@ def rank_correlations(drawn: Drawn, categories: Sequence[str]) -> tuple[float, f
     """Spearman's correlation of stated and generated volumes, of all and within categories; NaN for fewer than 3."""
     from scipy.stats import spearmanr
 
-    made = np.array([volume_ml(shape) for shape in drawn.shapes])
+    made = np.array([shape.volume_ml for shape in drawn.shapes])
     usable = np.isfinite(drawn.stated_ml) & (made > 0)
     if usable.sum() < 3:
         return float("nan"), float("nan")

@@ -379,6 +379,6 @@ def _on(shape: Shape, grid: Grid) -> Float[np.ndarray, "x y z"]:
 def _interval(shapes: Sequence[Shape]) -> Interval | None:
     if len(shapes) < 2:
         return None
-    volumes = [float((shape.sdf < 0).sum() * shape.voxel_mm**3 / 1000) for shape in shapes]
+    volumes = [shape.volume_ml for shape in shapes]
     low, high = np.quantile(volumes, [0.025, 0.975])
     return Interval(float(np.mean(volumes)), float(low), float(high))

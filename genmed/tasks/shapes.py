@@ -215,11 +215,8 @@ def generate_files(
 
 def far_from_usual(model: ShapeModel, text: Float[Tensor, " e"] | None, volume_ml: float, seed: int = 0) -> str:
     """What to say of a volume unlike those of shapes that are drawn without one; nothing where it is like them."""
-    logs = []
-    for shape in generate(model, USUAL, text=text, seed=seed):
-        if inside := int((shape.sdf < 0).sum()):
-            logs.append(np.log(inside * shape.voxel_mm**3 / 1000))
-    low, high = (float(f"{np.exp(x):.2g}") for x in (np.quantile(logs, [0.1, 0.9]) if logs else (np.inf, -np.inf)))
+    volumes = [shape.volume_ml for shape in generate(model, USUAL, text=text, seed=seed)]
+    low, high = (float(f"{x:.2g}") for x in np.quantile(volumes, [0.1, 0.9]))
     if low / FAR <= volume_ml <= high * FAR:
         return ""
     return f"shapes of {volume_ml:g} ml are not known, usual ones hold {low:g} to {high:g} ml: these are stretched"
