@@ -498,8 +498,8 @@ def test_thin_slices_have_gaps_between_them() -> None:
     [
         (
             "auto", "auto", True,
-            ["conditional/none", "conditional/rising", "conditional/falling", "restore-then-condition/affine",
-             "restore-then-condition/curve", "restore-then-condition/none, widened"],
+            ["conditional/none", "conditional/rising", "conditional/falling", "restore-then-condition/curve",
+             "restore-then-condition/none, widened"],
         ),
         ("auto", "none", True, ["conditional/none"]),
         ("auto", "curve", True, ["restore-then-condition/curve"]),
@@ -621,7 +621,21 @@ def test_a_widened_result_lies_on_the_grid_of_the_scan(measured: Model, monkeypa
     assert np.array_equal(found.labels.affine, scan().affine)
 
 
-def test_trajectories_of_thick_slices_begin_at_the_interpolation(
+@pytest.mark.parametrize("thick", [True, False])
+def test_slices_missing_from_thick_ones_are_tried_with_monotone_maps(thick: bool) -> None:
+    plan = replace(PLAN, spacing_mm=(1.0, 1.0, 5.0), thick_slices=thick)
+    full = scan((16, 16, 8), np.diag([1, 1, 5, 1]))
+    mask = np.zeros((1, 16, 16, 8), np.uint8)
+    mask[..., ::2] = 1
+    view = View.of(plan, full, full.like(mask))
+    assert view.interpolable == thick and not View.of(plan, full).interpolable
+    others = ["rising", "falling"] if thick else ["affine", "curve"]
+    for mode, way in (("auto", "restore-then-condition"), ("joint", "joint")):
+        tried = [attempt[:2] for attempt in attempts_at(view, mode, "auto") if not attempt.widened]
+        assert tried == [(way, "none"), *((way, other) for other in others)]
+
+
+def test_trajectories_of_missing_thick_slices_begin_at_the_interpolation(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from genmed.tasks import segment as task
@@ -635,11 +649,15 @@ def test_trajectories_of_thick_slices_begin_at_the_interpolation(
 
     monkeypatch.setattr(task, "guided_pair", watched)
     scan = Volume(tiny.blocks(np.random.default_rng(0), (16, 16, 16), 1)[0], np.eye(4))
+    missing = np.ones((1, 16, 16, 16), np.uint8)
+    missing[..., 5:9] = 0
     for thick in (True, False):
         thicker = replace(model, plan=replace(model.plan, thick_slices=thick))
-        for match in ("none", "affine"):
-            task.infer(thicker, View.of(thicker.plan, scan), "restore-then-condition", match, samples=1)
-    assert begun == [task.START_SIGMA, None, None, None]
+        for hidden in (scan.like(missing), None):
+            for match in ("none", "affine"):
+                view = View.of(thicker.plan, scan, hidden)
+                task.infer(thicker, view, "restore-then-condition", match, samples=1)
+    assert begun == [task.START_SIGMA, *[None] * 7]
 
 
 @pytest.mark.parametrize(
@@ -648,10 +666,10 @@ def test_trajectories_of_thick_slices_begin_at_the_interpolation(
         ([(3.9, 5, 0)], 1, "none", False),
         ([(9, 9, 1), (1.0, 9, 0)], 2, "rising", False),
         ([(9, 9, 1), (9, 9, 0), (1.0, 9, 0)], 3, "falling", False),
-        ([(9, 9, 1), (3.5, 4, 0), (9, 9, 0), (1.5, 5, 1)], 4, "affine", False),
-        ([(9, 9, 1), (3.5, 4, 0), (9, 9, 0), (5, 6, 0), (6, 3, 6), (7, 8, 0)], 6, "curve", True),
-        ([(9, 9, 1), (8, 9, 0), (9, 9, 0), (7, 8, 0), (8, 9, 0), (5, 3, 3)], 6, "widened", True),
-        ([(9, 9, 5), (8, 9, 0), (9, 9, 0), (7, 8, 0), (8, 9, 0), (5, 3, 3)], 5, "affine", True),
+        ([(9, 9, 1), (3.5, 4, 0), (9, 9, 0), (1.5, 5, 1)], 4, "curve", False),
+        ([(9, 9, 1), (3.5, 4, 0), (9, 9, 0), (6, 3, 6), (7, 8, 0)], 5, "curve", True),
+        ([(9, 9, 1), (8, 9, 0), (9, 9, 0), (8, 9, 0), (5, 3, 3)], 5, "widened", True),
+        ([(9, 9, 5), (8, 9, 0), (9, 9, 0), (7, 8, 0), (5, 3, 3)], 4, "curve", True),
     ],
 )
 def test_auto_stops_at_what_convinces_and_else_keeps_the_best_layout(
@@ -671,7 +689,7 @@ def test_auto_stops_at_what_convinces_and_else_keeps_the_best_layout(
 
     monkeypatch.setattr(module, "infer", attempt)
     result = segment(model, scan())
-    assert matches == ["none", "rising", "falling", "affine", "curve", "widened"][:tried]
+    assert matches == ["none", "rising", "falling", "curve", "widened"][:tried]
     assert ("widened" if result.widened else result.match, result.doubtful) == (kept, doubtful)
 
 
@@ -704,11 +722,14 @@ def test_noise_of_thick_slices_is_that_of_their_own_voxels() -> None:
         assert view.observation.sigma_y == expected
 
 
-def test_little_noise_is_taken_for_texture_and_coarse_voxels_tell_nothing() -> None:
+def test_little_noise_is_taken_for_texture_and_few_voxels_tell_nothing() -> None:
     smooth = np.add.outer(np.add.outer(np.arange(20.0), np.arange(20.0)), np.arange(20.0))[None]
     rng = np.random.default_rng(0)
     noise = rng.normal(0, smooth.std(), smooth.shape)
     clean, noisy = (Volume((smooth + n).astype(np.float32), np.eye(4)) for n in (0 * noise, noise))
     assert View.of(PLAN, clean).observation.sigma_y == SIGMA_Y
     assert View.of(PLAN, noisy).observation.sigma_y == pytest.approx(2**-0.5, rel=0.1)
-    assert View.of(PLAN, Volume(noisy.data, np.diag([2.0, 2, 2, 1]))).observation.sigma_y == SIGMA_Y
+    coarse, few = np.diag([2.0, 2, 2, 1]), Volume(noisy.data[:, :8, :8, :8], np.diag([2.0, 2, 2, 1]))
+    assert View.of(PLAN, Volume(clean.data, coarse)).observation.sigma_y == SIGMA_Y
+    assert View.of(PLAN, Volume(noisy.data, coarse)).observation.sigma_y == pytest.approx(2**-0.5, rel=0.1)
+    assert View.of(PLAN, few).observation.sigma_y == SIGMA_Y

@@ -46,7 +46,6 @@ CONVINCING = LIMIT / 2  # surprise up to which another explanation than the firs
 MONOTONE = ("rising", "falling")
 UNGUIDED = ("auto", "none", *MONOTONE)  # matches of the conditional mode, in which nothing is fitted
 RIGID = ("none", "affine", *MONOTONE)
-OTHER_MODALITY = ("affine", "curve")  # tried in this order when the image is surprising
 STEPS = 8  # noise levels of a guided trajectory
 TRAVELS = 2  # times each level of it between TRAVELLED is repeated with a flexible match, which can settle wrongly
 TRAVELLED = (0.1, 3.0)
@@ -260,17 +259,18 @@ def explain(
 def attempts_at(view: View, mode: str, match: str) -> list[Attempt]:
     """What to try in turn until one does not surprise the model, the most likely first."""
     steered = "restore-then-condition" if mode in ("auto", "conditional") else mode
-    usual = "affine" if view.coarse else "none"
+    usual = "affine" if view.coarse and not view.interpolable else "none"
     first = Attempt(steered, usual if match == "auto" else match)
     if mode == "conditional" or (mode == "auto" and view.complete and match in UNGUIDED):
         first = Attempt("conditional", match if match in MONOTONE else "none")
     if mode == "conditional" or match != "auto":
         return [first]
-    others = [Attempt(steered, other) for other in OTHER_MODALITY if (steered, other) != first[:2]]
     if first.mode == "conditional":
-        others = [*(Attempt("conditional", other) for other in MONOTONE), *others]
+        others = [*(Attempt("conditional", other) for other in MONOTONE), Attempt(steered, "curve")]
+    else:
+        others = [Attempt(steered, other) for other in (MONOTONE if view.interpolable else ("affine", "curve"))]
     widened = [Attempt(steered, usual, widened=True)] if mode == "auto" and any(view.room) else []
-    return [first, *others, *widened]
+    return [*dict.fromkeys([first, *others]), *widened]
 
 
 def _share(progress: Progress | None, number: int, count: int) -> Progress | None:
@@ -318,8 +318,8 @@ def infer(
             soft = conditional(model.denoiser, view.image, seeds if samples else None, model.plan.patch)
             image, residual = view.image.expand(len(soft), *view.image.shape[1:]), 0.0
         else:
-            alike = model.plan.thick_slices and match == "none" and not view.widened
-            how = Sampling(travels=0 if match in RIGID else TRAVELS, start=START_SIGMA if alike else None)
+            start = START_SIGMA if view.interpolable and match in UNGUIDED else None
+            how = Sampling(travels=0 if match in RIGID else TRAVELS, start=start)
             soft, image, residual = guided_pair(model, view, mode, MATCHES[match], seeds, how, progress)
         off = surprise_of(model, view, image, soft)
         return Found(view.inside(soft), view.inside(image), residual, *off, mode, match, view.widened)
