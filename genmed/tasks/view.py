@@ -28,7 +28,7 @@ SIGMA_Y = 0.05  # noise of an observed voxel, in standard deviations of the imag
 FEWEST_VOXELS = 500  # that an estimate of the noise needs
 FEWEST_EMPTY = 3  # slices of one value between others that count as missing
 NATURAL = 0.5  # share of that value in the other slices from which on it is taken for the scan's own background
-NOISY = 0.25  # estimate that is taken for noise; texture of clean scans reaches 0.23 on voxels of 4 mm
+NOISY = 0.25  # estimate from which on it is taken for noise, above the texture of clean scans; else it is SIGMA_Y
 
 
 @dataclass
