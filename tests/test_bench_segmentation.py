@@ -465,7 +465,7 @@ def test_bundled_model_stands_for_a_training_without_any_run(
     runs, options = tmp_path / "runs", {"table": "confirmed", "cases": 1}
     text = run(lab.data, runs, tmp_path / "out", methods=[OURS, PLAIN], may_train=False, **options)
     assert [(e["input"], e["method"]) for e in entries(tmp_path / "out")] == [
-        (row.name, method) for row in tables.CONFIRMED for method in (OURS, PLAIN)
+        (row.name, method) for row in TABLES["confirmed"].inputs["hippocampus-1mm"] for method in (OURS, PLAIN)
     ]
     assert text.count("| hippocampus-mr (bundled, last weights) |") == 1 and not runs.exists()
     with pytest.raises(GenMedError, match=f"^not trained: {runs}/hippocampus-1mm/dynunet; run without"):
