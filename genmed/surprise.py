@@ -36,8 +36,10 @@ def features(
     """Logarithms of the denoising errors at `SIGMA` of image and label, of the structures' volumes, and the histogram.
 
     The errors, squared for the image and cross-entropy for the label, are the terms of the diffusion model's
-    likelihood bound (Kingma et al., arXiv 2107.00630) at one noise level, with the same noise for every pair. Volumes
-    are those of the most probable class, in voxels of the working grid plus one, background left out.
+    likelihood bound (Kingma et al., arXiv 2107.00630) at one noise level, with the same noise for every pair. That of
+    the image is a mean over voxels. That of the label arises along borders: it is a sum, over the volume of all
+    structures to the power of 2/3, or large structures and small fields of view would surprise. Volumes are those of
+    the most probable class, in voxels of the working grid plus one, background left out.
 
     Args:
         denoise: (z, sigma) -> z0_hat of all fields.
@@ -56,8 +58,9 @@ def features(
         parts = fields.split(denoise(z0 + SIGMA * n, SIGMA).float())
         chance = probabilities(parts["label"]).gather(1, classes[:, None]).clamp(min=1e-6)
         errors[:, 0] += (parts["image"] - image).square().mean(dim=(1, 2, 3, 4)) / draws
-        errors[:, 1] -= chance.log().mean(dim=(1, 2, 3, 4)) / draws
+        errors[:, 1] -= chance.log().sum(dim=(1, 2, 3, 4)) / draws
     voxels = (label[:, 1:] > 0).sum(dim=(2, 3, 4)) + 1
+    errors[:, 1] /= ((classes > 0).sum(dim=(1, 2, 3)) + 1) ** (2 / 3)
     return torch.cat([torch.cat([errors.clamp(min=1e-9), voxels], dim=1).log(), histogram(image).flatten(1)], dim=1)
 
 

@@ -17,8 +17,28 @@ def test_errors_of_a_denoiser_that_knows_nothing_but_the_average() -> None:
     soft = torch.rand(1, 2, *SIZE)
     found = features(lambda z, sigma: torch.zeros_like(z), FIELDS, image, soft)
     voxels = int((soft[:, 1] > soft[:, 0]).sum())
-    expected = [math.log(4.0), math.log(math.log(2.0)), math.log(voxels + 1), *[2.0] * 9]
-    assert found[0].tolist() == pytest.approx(expected, abs=1e-6)
+    label = math.log(image.numel() * math.log(2.0)) - 2 / 3 * math.log(voxels + 1)
+    expected = [math.log(4.0), label, math.log(voxels + 1), *[2.0] * 9]
+    assert found[0].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_neither_size_nor_field_of_view_makes_a_label_surprising() -> None:
+    """Of a denoiser that is unsure along the border alone."""
+
+    def denoise(z: Tensor, sigma: float) -> Tensor:
+        inside = clean[:, 1:].clamp(min=0)
+        near = torch.nn.functional.avg_pool3d(inside[:, 1:], 3, stride=1, padding=1)
+        return torch.cat([clean[:, :1], 1 - 2 * near, 2 * near - 1], dim=1)
+
+    errors = []
+    for side, edge in ((24, 48), (12, 48), (12, 20)):
+        inside = torch.zeros(1, 1, edge, edge, edge)
+        inside[..., 4 : 4 + side, 4 : 4 + side, 4 : 4 + side] = 1
+        soft = torch.cat([1 - inside, inside], dim=1)
+        clean = torch.cat([inside, 2 * soft - 1], dim=1)
+        errors.append(float(features(denoise, FIELDS, inside, soft, draws=1)[0, 1]))
+    assert errors[1] == pytest.approx(errors[2], abs=1e-5)
+    assert errors[0] == pytest.approx(errors[1], abs=0.05)
 
 
 def test_a_denoiser_is_shown_the_pair_in_noise_of_the_known_level() -> None:

@@ -50,6 +50,7 @@ from genmed.space import on_grid
 from genmed.surprise import LIMIT
 from genmed.tasks.segment import (
     CONVINCING,
+    FLEXIBLE_SAMPLES,
     NOT_OF_VOXELS,
     RESIDUAL_LIMIT,
     SAMPLES,
@@ -303,7 +304,8 @@ def load_ours(folder: Path, mode: str) -> Trained:
         return Prediction(found.probabilities, *how)
 
     limits = {"limit": LIMIT, "convincing": CONVINCING}
-    settings = {"mode": mode, "steps": STEPS, "travels": TRAVELS, "samples": SAMPLES, **limits}
+    samples = {"samples": SAMPLES, "flexible samples": FLEXIBLE_SAMPLES}
+    settings = {"mode": mode, "steps": STEPS, "travels": TRAVELS, **samples, **limits, "typical": plan.typical}
     if plan.thick_slices:
         settings["start"] = START_SIGMA
     best = hub.read_card(best_of(folder)).scores.get("tune dice", float("nan"))

@@ -51,6 +51,7 @@ TRAVELS = 2  # times each level of it between TRAVELLED is repeated with a flexi
 TRAVELLED = (0.1, 3.0)
 START_SIGMA = 1.0  # noise level at which trajectories of thick slices begin, around their interpolation
 SAMPLES = 4  # guided trajectories that are averaged
+FLEXIBLE_SAMPLES = 2  # of those that travel, each of which takes nearly twice as long
 RESIDUAL_LIMIT = 5.0  # of a result that explains its scan: 1 for coarse voxels, 2 to 4.3 for slices at full resolution
 NOT_OF_VOXELS = ("lncc", "mind", "mi")  # matches whose residual is not in units of the voxels' noise
 LEAST_OBSERVED = 0.01  # share of the found structures; of a hippocampus two slices show 0.05
@@ -198,7 +199,7 @@ def segment(
             the model; then others are tried (`explain`). `rising` and `falling`
             bring the histogram of the scan to that of clean cases, and leave a complete image complete; of all
             these, `conditional` takes those of `UNGUIDED`.
-        samples: how many to draw and average; default 1 (conditional) or 4.
+        samples: how many to draw and average; default 1 (conditional), 4, or 2 (matches that are not `RIGID`).
         grid: result on the scan's own grid (`input`) or the working grid (`model`).
         observed: mask on the scan's grid; voxels where it is 0 are never looked at. By default all are, but for slices
             of a single value in between others (`seen_slices`).
@@ -311,7 +312,7 @@ def infer(
             raise GenMedError(f"match {match}: model '{model.plan.name}' has not measured clean cases; train it again.")
         target = typical_histogram(model.plan.typical, len(model.plan.channels))
         view = view.equalised(target, falling=match == "falling")
-    count = samples or (1 if mode == "conditional" else SAMPLES)
+    count = samples or (1 if mode == "conditional" else SAMPLES if match in RIGID else FLEXIBLE_SAMPLES)
     seeds = [seed * 10_007 + number for number in range(count)]
     with torch.no_grad():
         if mode == "conditional":
