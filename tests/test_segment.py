@@ -339,7 +339,9 @@ def found_with(**facts: Any) -> Segmentation:
     [
         ({}, []),
         ({"surprise": None}, []),
-        ({"surprise": 4.1}, ["surprise 4.1, above 4"]),
+        ({"surprise": 4.1}, ["unlike what the model knows (surprise 4.1, above 4)"]),
+        ({"surprise": 2.1, "convincing": 2.0}, ["no explanation that was tried convinces (surprise 2.1, above 2)"]),
+        ({"surprise": 1.9, "convincing": 2.0}, []),
         ({"surprise": float("nan")}, ["surprise nan"]),
         ({"residual": 5.1}, ["residual 5.1, above 5"]),
         ({"residual": float("nan")}, ["residual nan"]),
@@ -668,6 +670,7 @@ def test_trajectories_of_missing_thick_slices_begin_at_the_interpolation(
         ([(9, 9, 1), (9, 9, 0), (1.0, 9, 0)], 3, "falling", False),
         ([(9, 9, 1), (3.5, 4, 0), (9, 9, 0), (1.5, 5, 1)], 4, "curve", False),
         ([(9, 9, 1), (3.5, 4, 0), (9, 9, 0), (6, 3, 6), (7, 8, 0)], 5, "curve", True),
+        ([(9, 9, 1), (3.5, 4, 0), (9, 9, 0), (3.0, 3, 0), (7, 8, 0)], 5, "curve", True),
         ([(9, 9, 1), (8, 9, 0), (9, 9, 0), (8, 9, 0), (5, 3, 3)], 5, "widened", True),
         ([(9, 9, 5), (8, 9, 0), (9, 9, 0), (7, 8, 0), (5, 3, 3)], 4, "curve", True),
     ],

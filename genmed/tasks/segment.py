@@ -81,7 +81,8 @@ class Segmentation:
     where nothing was found). `extent_share` is the share of the field of view seen in training that the scan covers
     along the axis with the least of it. `doubts` judges all four. `slice_thickness_mm` is what slices were taken to
     average, `widened` tells that unseen tissue was restored round a small field of view. `observed` is the mask of what
-    was looked at, on the scan's grid (None: everything), `notes` says what was assumed of the scan.
+    was looked at, on the scan's grid (None: everything), `notes` says what was assumed of the scan. `convincing` is the
+    surprise up to which the result stands: half of the usual if another explanation than the first was kept.
     """
 
     labels: Volume
@@ -100,13 +101,15 @@ class Segmentation:
     extent_share: float = 1.0
     observed: Volume | None = None
     notes: tuple[str, ...] = ()
+    convincing: float = LIMIT
 
     @property
     def doubts(self) -> tuple[str, ...]:
         """Why the result must be looked at before it is used, a line each; nothing if there is no reason."""
         lines = []
-        if self.surprise is not None and not self.surprise <= LIMIT:
-            lines.append(f"unlike what the model knows (surprise {self.surprise:.1f}, above {LIMIT:g})")
+        if self.surprise is not None and not self.surprise <= self.convincing:
+            what = "unlike what the model knows" if self.convincing == LIMIT else "no explanation that was tried convinces"
+            lines.append(f"{what} (surprise {self.surprise:.1f}, above {self.convincing:g})")
         if self.match not in NOT_OF_VOXELS and not self.residual <= RESIDUAL_LIMIT:
             lines.append(f"what was observed is not explained (residual {self.residual:.1f}, above {RESIDUAL_LIMIT:g})")
         if self.observed_share < LEAST_OBSERVED:
@@ -171,6 +174,7 @@ class Found(NamedTuple):
     mode: str
     match: str
     widened: bool = False
+    convincing: float = LIMIT
 
 
 def segment(
@@ -249,7 +253,8 @@ def explain(
             continue
         share, seen = _share(progress, number, len(attempts)), view.with_margins() if widened else view
         found = infer(model, seen, way, match, samples=samples, seed=seed, progress=share)
-        if found.surprise is None or found.surprise <= (CONVINCING if first else LIMIT):
+        found = found._replace(convincing=CONVINCING if first else LIMIT)
+        if found.surprise is None or found.surprise <= found.convincing:
             return found
         first = first or found
         best = min(best or found, found, key=lambda f: f.layout)
@@ -503,7 +508,7 @@ def _result(
         labels=labels, probabilities=chances, volume_ml=_volumes(plan, space, soft), residual=found.residual,
         surprise=found.surprise, mode=found.mode, match=found.match, slice_thickness_mm=view.slice_thickness_mm,
         widened=found.widened, observed_share=observed_share(view, mean), extent_share=view.extent_share,
-        seconds=seconds, seed=seed, image=restored,
+        seconds=seconds, seed=seed, image=restored, convincing=found.convincing,
     )  # fmt: skip
 
 
