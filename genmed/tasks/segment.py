@@ -108,7 +108,8 @@ class Segmentation:
         """Why the result must be looked at before it is used, a line each; nothing if there is no reason."""
         lines = []
         if self.surprise is not None and not self.surprise <= self.convincing:
-            what = "unlike what the model knows" if self.convincing == LIMIT else "no explanation that was tried convinces"
+            first = self.convincing == LIMIT
+            what = "unlike what the model knows" if first else "no explanation that was tried convinces"
             lines.append(f"{what} (surprise {self.surprise:.1f}, above {self.convincing:g})")
         if self.match not in NOT_OF_VOXELS and not self.residual <= RESIDUAL_LIMIT:
             lines.append(f"what was observed is not explained (residual {self.residual:.1f}, above {RESIDUAL_LIMIT:g})")
