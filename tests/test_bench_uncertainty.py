@@ -186,12 +186,12 @@ def test_run_segments_every_input_once_and_resumes(
 
     monkeypatch.setattr(uncertainty, "segment", counted)
     monkeypatch.setattr(uncertainty, "draw", lambda out, findings: None)  # slow; has a test of its own
-    options: dict[str, Any] = {"cases": 2, "samples": 2, "split": data / "split.json"}
+    options: dict[str, Any] = {"cases": 2, "samples": 3, "split": data / "split.json"}
     with pytest.raises(KeyboardInterrupt):
         run(model, data, tmp_path, **options)
     text = run(model, data, tmp_path, **options)
     assert len(calls) == 2 * len(INPUTS)
-    assert all(call["samples"] == 2 and call["grid"] == "model" for call in calls)
+    assert all(call["samples"] == 3 and call["grid"] == "model" for call in calls)
     assert [call["match"] for call in calls[::2]] == 7 * ["auto"] + ["affine"]
     assert [call["observed"] is not None for call in calls[::2]] == [name == "4 slices" for name in INPUTS]
     assert calls[2]["spacing_mm"] == (8.0, 8.0, 8.0)
@@ -214,13 +214,13 @@ def test_other_weights_or_settings_are_not_mixed_in_one_folder(
     monkeypatch.setattr(uncertainty, "INPUTS", {"clean": INPUTS["clean"]})
     monkeypatch.setattr(uncertainty, "draw", lambda out, findings: None)
     options: dict[str, Any] = {"cases": 1, "split": data / "split.json"}
-    run(model, data, tmp_path, samples=2, **options)
-    with pytest.raises(GenMedError, match="started with samples 2"):
-        run(model, data, tmp_path, samples=3, **options)
+    run(model, data, tmp_path, samples=3, **options)
+    with pytest.raises(GenMedError, match="started with samples 3"):
+        run(model, data, tmp_path, samples=4, **options)
     with pytest.raises(GenMedError, match="started with weights_sha256 000"):
-        run(replace(model, sha256="1" * 64), data, tmp_path, samples=2, **options)
-    with pytest.raises(GenMedError, match="at least 2 samples"):
-        run(model, data, tmp_path / "other", samples=1, **options)
+        run(replace(model, sha256="1" * 64), data, tmp_path, samples=3, **options)
+    with pytest.raises(GenMedError, match="at least 3 samples"):
+        run(model, data, tmp_path / "other", samples=2, **options)
     with pytest.raises(GenMedError, match="part 'report' holds no case"):
         run(model, data, tmp_path / "other", part="report", split=data / "split.json")
     assert not (tmp_path / "other").exists()

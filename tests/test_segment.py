@@ -239,6 +239,7 @@ def test_samples_give_volume_intervals_and_probabilities(model: Model) -> None:
         assert interval.low <= interval.mean <= interval.high
     assert result.probabilities is not None
     np.testing.assert_allclose(result.probabilities.data.sum(axis=0), 1, atol=1e-4)
+    assert segment(model, scan(), mode="joint", samples=2).volume_ml == {}
 
 
 def test_steering_the_image_alone_gives_another_pair(model: Model) -> None:

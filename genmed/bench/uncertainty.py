@@ -43,7 +43,7 @@ from genmed.hub import Model, load
 from genmed.plan import Plan
 from genmed.progress import track
 from genmed.space import Space
-from genmed.tasks.segment import Interval, Segmentation, infer, segment
+from genmed.tasks.segment import FEWEST_SAMPLES, Interval, Segmentation, infer, segment
 from genmed.tasks.view import View
 from genmed.volume import Volume, read, read_labels, require_same_grid
 
@@ -140,13 +140,13 @@ def run(
 
     Args:
         cases: so many evenly spread cases of the part; default all.
-        samples: drawn per case; at least 2, since the intervals come from them.
+        samples: drawn per case; at least `FEWEST_SAMPLES`, since the intervals come from them.
 
     Returns:
         The tables in Markdown.
     """
-    if samples < 2 or (cases is not None and cases < 1):
-        raise GenMedError(f"{samples} samples of {cases} cases; give at least 2 samples and 1 case.")
+    if samples < FEWEST_SAMPLES or (cases is not None and cases < 1):
+        raise GenMedError(f"{samples} samples of {cases} cases; give at least {FEWEST_SAMPLES} samples and 1 case.")
     dataset = read_dataset(data)
     chosen = cases_of_part(dataset, split, part, cases)
     _same_as_before(out, {"weights_sha256": model.sha256, "samples": samples, "bins": BINS, "near_mm": NEAR_MM})

@@ -52,6 +52,7 @@ TRAVELLED = (0.1, 3.0)
 START_SIGMA = 1.0  # noise level at which trajectories of thick slices begin, around their interpolation
 SAMPLES = 4  # guided trajectories that are averaged
 FLEXIBLE_SAMPLES = 2  # of those that travel, each of which takes nearly twice as long
+FEWEST_SAMPLES = 3  # that volumes get an interval from: two can agree by chance
 RESIDUAL_LIMIT = 5.0  # of a result that explains its scan: 1 for coarse voxels, 2 to 4.3 for slices at full resolution
 NOT_OF_VOXELS = ("lncc", "mind", "mi")  # matches whose residual is not in units of the voxels' noise
 LEAST_OBSERVED = 0.01  # share of the found structures; of a hippocampus two slices show 0.05
@@ -73,7 +74,7 @@ class Interval(NamedTuple):
 class Segmentation:
     """What `segment` found.
 
-    `volume_ml` holds an interval for every structure if there were at least two samples. `residual` is the
+    `volume_ml` holds an interval for every structure if there were `FEWEST_SAMPLES`. `residual` is the
     root mean square of what the guided samples do not explain of the observation, in units of its noise; it is 0
     in conditional mode, which takes the image as exact. `surprise` says how far the pair of image and label is
     from clean cases, in standard deviations over these (None for a model that has not measured them).
@@ -524,7 +525,7 @@ def observed_share(view: View, soft: Float[np.ndarray, "k x y z"]) -> float:
 
 def _volumes(plan: Plan, space: Space, soft: Float[Tensor, "s k x y z"]) -> dict[str, Interval]:
     """Volume of every structure over the samples, each counted in its own label map."""
-    if len(soft) < 2:
+    if len(soft) < FEWEST_SAMPLES:
         return {}
     voxel_ml = float(np.prod(space.model.spacing_mm)) / 1000
     classes = soft.argmax(dim=1)
