@@ -19,7 +19,7 @@ from genmed.denoiser import Denoiser, build
 from genmed.errors import GenMedError
 from genmed.hub import Card, Model, save_model
 from genmed.space import Space, apply_matrices, overlap_matrix
-from genmed.surprise import histogram
+from genmed.surprise import LIMIT, histogram
 from genmed.tasks.segment import (
     MATCHES,
     UNGUIDED,
@@ -497,33 +497,56 @@ def test_thin_slices_have_gaps_between_them() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "match", "complete", "attempts"),
+    ("mode", "match", "seen", "attempts"),
     [
         (
-            "auto", "auto", True,
-            ["conditional/none", "conditional/rising", "conditional/falling", "restore-then-condition/curve",
-             "restore-then-condition/none, widened"],
+            "auto", "auto", "complete",
+            ["conditional/none", "conditional/rising at 2", "conditional/falling at 2",
+             "restore-then-condition/curve at 2", "restore-then-condition/none at 2, widened"],
         ),
-        ("auto", "none", True, ["conditional/none"]),
-        ("auto", "curve", True, ["restore-then-condition/curve"]),
-        ("auto", "rising", True, ["conditional/rising"]),
-        ("auto", "falling", False, ["restore-then-condition/falling"]),
-        ("conditional", "falling", False, ["conditional/falling"]),
-        ("conditional", "auto", True, ["conditional/none"]),
-        ("conditional", "auto", False, ["conditional/none"]),
-        ("joint", "auto", True, ["joint/none", "joint/affine", "joint/curve"]),
+        ("auto", "none", "complete", ["conditional/none"]),
+        ("auto", "curve", "complete", ["restore-then-condition/curve"]),
+        ("auto", "rising", "complete", ["conditional/rising"]),
+        ("auto", "falling", "coarse", ["restore-then-condition/falling"]),
+        ("conditional", "falling", "coarse", ["conditional/falling"]),
+        ("conditional", "auto", "complete", ["conditional/none"]),
+        ("conditional", "auto", "coarse", ["conditional/none"]),
+        ("joint", "auto", "complete", ["joint/none", "joint/affine at 2", "joint/curve at 2"]),
+        ("joint", "auto", "coarse", ["joint/affine", "joint/curve at 2"]),
         (
-            "auto", "auto", False,
-            ["restore-then-condition/affine", "restore-then-condition/curve", "restore-then-condition/affine, widened"],
+            "auto", "auto", "twice as coarse",
+            ["conditional/none at 2", "restore-then-condition/affine", "restore-then-condition/curve at 2",
+             "restore-then-condition/affine at 2, widened"],
         ),
-        ("auto", "none", False, ["restore-then-condition/none"]),
+        (
+            "auto", "auto", "coarse",
+            ["restore-then-condition/affine", "conditional/none at 2", "restore-then-condition/curve at 2",
+             "restore-then-condition/affine at 2, widened"],
+        ),
+        (
+            "auto", "auto", "in part",
+            ["restore-then-condition/none", "conditional/none at 2", "restore-then-condition/affine at 2",
+             "restore-then-condition/curve at 2", "restore-then-condition/none at 2, widened"],
+        ),
+        ("auto", "none", "coarse", ["restore-then-condition/none"]),
+        ("auto", "none", "twice as coarse", ["restore-then-condition/none"]),
     ],
 )  # fmt: skip
-def test_what_is_tried_in_which_order(mode: str, match: str, complete: bool, attempts: list[str]) -> None:
-    view = View.of(PLAN, scan() if complete else scan((5, 6, 3), np.diag([2, 2, 4, 1])))
-    assert view.complete == complete
-    found = [f"{way}/{other}{', widened' * widened}" for way, other, widened in attempts_at(view, mode, match)]
-    assert found == attempts
+def test_what_is_tried_in_which_order(mode: str, match: str, seen: str, attempts: list[str]) -> None:
+    spacing_mm = {"twice as coarse": 2.0, "coarse": 2.5}.get(seen, 1.0)
+    image = scan((10, 10, 12) if spacing_mm == 1 else (5, 5, 6), np.diag([spacing_mm] * 3 + [1]))
+    view = View.of(PLAN, image, slices_seen(image) if seen == "in part" else None)
+    assert (view.complete, view.nearly_complete) == (seen == "complete", seen in ("complete", "twice as coarse"))
+
+    def described(interpolated: bool) -> list[str]:
+        return [
+            f"{way}/{other}{f' at {limit:g}' * (limit < LIMIT)}{', widened' * widened}"
+            for way, other, limit, widened in attempts_at(view, mode, match, interpolated)
+        ]
+
+    assert described(True) == attempts
+    quick = mode == match == "auto" and seen != "complete"
+    assert described(False) == [one for one in attempts if not (quick and one.startswith("conditional"))]
 
 
 def test_a_scan_as_large_as_the_patches_has_no_surroundings_to_restore() -> None:
@@ -611,6 +634,32 @@ def test_a_model_without_measured_cases_cannot_equalise(model: Model) -> None:
         segment(replace(model, plan=replace(PLAN, typical=())), scan(), match="rising")
 
 
+@pytest.mark.parametrize(
+    ("surprise", "samples", "known", "mode"),
+    [
+        (1.0, None, True, "conditional"),
+        (9.0, None, True, "restore-then-condition"),
+        (1.0, 2, True, "restore-then-condition"),  # which differ where the scan does not tell
+        (1.0, None, False, "restore-then-condition"),  # nobody knows what surprises
+    ],
+)
+def test_a_coarse_scan_is_restored_if_its_interpolation_surprises(
+    measured: Model, monkeypatch: pytest.MonkeyPatch, surprise: float, samples: int | None, known: bool, mode: str
+) -> None:
+    from genmed.tasks import segment as module
+
+    def surprise_of(model: Model, view: View, image: torch.Tensor, soft: torch.Tensor) -> tuple[float, float, float]:
+        interpolated = torch.equal(image[:1], view.image)
+        return surprise if interpolated else 1.5, 0.0, 0.0
+
+    if known:
+        monkeypatch.setattr(module, "surprise_of", surprise_of)
+    else:
+        measured = replace(measured, plan=replace(measured.plan, typical=()))
+    found = segment(measured, scan((5, 6, 6), np.diag([2, 2, 2, 1])), samples=samples)
+    assert found.mode == mode and (found.image is None) == (mode == "conditional") and not found.doubtful
+
+
 def test_a_widened_result_lies_on_the_grid_of_the_scan(measured: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     from genmed.tasks import segment as module
 
@@ -634,7 +683,7 @@ def test_slices_missing_from_thick_ones_are_tried_with_monotone_maps(thick: bool
     assert view.interpolable == thick and not View.of(plan, full).interpolable
     others = ["rising", "falling"] if thick else ["affine", "curve"]
     for mode, way in (("auto", "restore-then-condition"), ("joint", "joint")):
-        tried = [attempt[:2] for attempt in attempts_at(view, mode, "auto") if not attempt.widened]
+        tried = [a[:2] for a in attempts_at(view, mode, "auto", interpolated=False) if not a.widened]
         assert tried == [(way, "none"), *((way, other) for other in others)]
 
 
@@ -664,21 +713,28 @@ def test_trajectories_of_missing_thick_slices_begin_at_the_interpolation(
 
 
 @pytest.mark.parametrize(
-    ("values", "tried", "kept", "doubtful"),
+    ("coarse", "values", "tried", "kept", "doubtful"),
     [  # (surprise, layout, contrast) of every attempt
-        ([(3.9, 5, 0)], 1, "none", False),
-        ([(9, 9, 1), (1.0, 9, 0)], 2, "rising", False),
-        ([(9, 9, 1), (9, 9, 0), (1.0, 9, 0)], 3, "falling", False),
-        ([(9, 9, 1), (3.5, 4, 0), (9, 9, 0), (1.5, 5, 1)], 4, "curve", False),
-        ([(9, 9, 1), (3.5, 4, 0), (9, 9, 0), (6, 3, 6), (7, 8, 0)], 5, "curve", True),
-        ([(9, 9, 1), (3.5, 4, 0), (9, 9, 0), (3.0, 3, 0), (7, 8, 0)], 5, "curve", True),
-        ([(9, 9, 1), (8, 9, 0), (9, 9, 0), (8, 9, 0), (5, 3, 3)], 5, "widened", True),
-        ([(9, 9, 5), (8, 9, 0), (9, 9, 0), (7, 8, 0), (5, 3, 3)], 4, "curve", True),
+        (False, [(3.9, 5, 0)], 1, "none", False),
+        (False, [(9, 9, 1), (1.0, 9, 0)], 2, "rising", False),
+        (False, [(9, 9, 1), (9, 9, 0), (1.0, 9, 0)], 3, "falling", False),
+        (False, [(9, 9, 1), (3.5, 4, 0), (9, 9, 0), (1.5, 5, 1)], 4, "curve", False),
+        (False, [(9, 9, 1), (3.5, 4, 0), (9, 9, 0), (6, 3, 6), (7, 8, 0)], 5, "curve", True),
+        (False, [(9, 9, 1), (3.5, 4, 0), (9, 9, 0), (3.0, 3, 0), (7, 8, 0)], 5, "curve", True),
+        (False, [(9, 9, 1), (8, 9, 0), (9, 9, 0), (8, 9, 0), (5, 3, 3)], 5, "widened", True),
+        (False, [(9, 9, 5), (8, 9, 0), (9, 9, 0), (7, 8, 0), (5, 3, 3)], 4, "curve", True),
+        (True, [(1.9, 9, 0)], 1, "none", False),
+        (True, [(3.0, 9, 0), (3.5, 9, 0)], 2, "none", False),
+        (True, [(3.5, 9, 0), (3.0, 9, 0)], 2, "affine", False),
+        (True, [(3.0, 2, 0), (6.0, 9, 0), (1.0, 9, 0)], 3, "curve", False),
+        (True, [(5.0, 9, 0), (6.0, 2, 0), (3.0, 3, 0), (7, 8, 0)], 4, "affine", True),
+        (True, [(3.0, 2, 0), (6.0, 9, 0), (3.0, 3, 0), (7, 8, 0)], 4, "none", True),
+        (True, [(9.0, 5, 5), (8.0, 2, 5), (3.0, 3, 0)], 3, "affine", True),
     ],
 )
 def test_auto_stops_at_what_convinces_and_else_keeps_the_best_layout(
-    model: Model, monkeypatch: pytest.MonkeyPatch, values: list[tuple[float, ...]], tried: int, kept: str,
-    doubtful: bool,
+    measured: Model, monkeypatch: pytest.MonkeyPatch, coarse: bool, values: list[tuple[float, ...]], tried: int,
+    kept: str, doubtful: bool,
 ) -> None:  # fmt: skip
     from genmed.tasks import segment as module
 
@@ -688,12 +744,13 @@ def test_auto_stops_at_what_convinces_and_else_keeps_the_best_layout(
         surprise, layout, contrast = values[len(matches)]
         matches.append("widened" if view.widened else match)
         image = view.inside(view.image)
-        return Found(torch.full((1, 3, *image.shape[2:]), 1 / 3), image, 0.0, surprise, layout, contrast, mode, match,
-                     view.widened)  # fmt: skip
+        soft = torch.full((1, 3, *image.shape[2:]), 1 / 3)
+        return Found(view, soft, image, 0.0, surprise, layout, contrast, mode, match)
 
     monkeypatch.setattr(module, "infer", attempt)
-    result = segment(model, scan())
-    assert matches == ["none", "rising", "falling", "curve", "widened"][:tried]
+    result = segment(measured, scan((5, 6, 6), np.diag([2, 2, 2, 1])) if coarse else scan())
+    order = ["none", "affine", "curve"] if coarse else ["none", "rising", "falling", "curve"]
+    assert matches == [*order, "widened"][:tried]
     assert ("widened" if result.widened else result.match, result.doubtful) == (kept, doubtful)
 
 

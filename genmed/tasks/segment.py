@@ -42,7 +42,7 @@ MATCHES: dict[str, matches.Match] = {
     "rising": matches.none,  # the scan's histogram is brought to that of clean cases first, by a rising map
     "falling": matches.none,
 }
-CONVINCING = LIMIT / 2  # surprise up to which another explanation than the first ends the search
+CONVINCING = LIMIT / 2  # surprise up to which what is not the usual explanation of a scan ends the search
 MONOTONE = ("rising", "falling")
 UNGUIDED = ("auto", "none", *MONOTONE)  # matches of the conditional mode, in which nothing is fitted
 RIGID = ("none", "affine", *MONOTONE)
@@ -83,7 +83,7 @@ class Segmentation:
     along the axis with the least of it. `doubts` judges all four. `slice_thickness_mm` is what slices were taken to
     average, `widened` tells that unseen tissue was restored round a small field of view. `observed` is the mask of what
     was looked at, on the scan's grid (None: everything), `notes` says what was assumed of the scan. `convincing` is the
-    surprise up to which the result stands: half of the usual if another explanation than the first was kept.
+    surprise up to which the result stands: half of the usual if another explanation than the usual one was kept.
     """
 
     labels: Volume
@@ -130,10 +130,14 @@ class Segmentation:
 
 
 class Attempt(NamedTuple):
-    """A way to explain a scan: mode, match, and whether there is unseen tissue round the field of view."""
+    """A way to explain a scan: mode, match, and whether there is unseen tissue round the field of view.
+
+    It ends the search if it surprises by no more than `limit`.
+    """
 
     mode: str
     match: str
+    limit: float = LIMIT
     widened: bool = False
 
 
@@ -164,9 +168,11 @@ class Sampling(NamedTuple):
 class Found(NamedTuple):
     """One way to explain a scan: probabilities and image of every sample, and how well it went.
 
-    `surprise`, `layout` and `contrast` are those of `genmed.surprise.Surprise`.
+    `view` is what was explained, with its margins if it was `widened`; `soft` and `image` lie within them. `surprise`,
+    `layout` and `contrast` are those of `genmed.surprise.Surprise`; up to `convincing` the result stands.
     """
 
+    view: View
     soft: Float[Tensor, "s k x y z"]
     image: Float[Tensor, "s c x y z"]
     residual: float
@@ -175,7 +181,6 @@ class Found(NamedTuple):
     contrast: float
     mode: str
     match: str
-    widened: bool = False
     convincing: float = LIMIT
 
 
@@ -199,13 +204,15 @@ def segment(
         mode: `conditional` (clean image, one evaluation, or a few per sample), `joint` (guided sampling of the
             pair; the paper's GenMed-Full), `joint-base` (only the image is steered), `restore-then-condition`
             (guided restoration of the image, then its label), or `auto`: conditional for a complete image at
-            about the working spacing, else restore-then-condition.
-        match: how the observed appearance relates to the model's, one of `MATCHES`, or `auto`: none for a complete
-            image (affine for coarse voxels, whose averaging takes contrast away) unless what is found surprises
-            the model; then others are tried (`explain`). `rising` and `falling`
+            about the working spacing, and for one that is twice as coarse if its interpolation does not surprise the
+            model, else restore-then-condition.
+        match: how the observed appearance relates to the model's, one of `MATCHES`, or `auto`: none, and affine for
+            restored coarse voxels, whose averaging takes contrast away, unless what is found surprises the model;
+            then others are tried (`attempts_at`). `rising` and `falling`
             bring the histogram of the scan to that of clean cases, and leave a complete image complete; of all
             these, `conditional` takes those of `UNGUIDED`.
-        samples: how many to draw and average; default 1 (conditional), 4, or 2 (matches that are not `RIGID`).
+        samples: how many to draw and average; default 1 (conditional), 4, or 2 (matches that are not `RIGID`). If it
+            is given, coarse or incomplete scans are always restored: samples of one interpolation agree about it.
         grid: result on the scan's own grid (`input`) or the working grid (`model`).
         observed: mask on the scan's grid; voxels where it is 0 are never looked at. By default all are, but for slices
             of a single value in between others (`seen_slices`).
@@ -224,14 +231,11 @@ def segment(
     _check_options(mode, match, samples, grid)
     observed, notes = (observed, ()) if observed is not None else seen_slices(scan)
     view = View.of(model.plan, scan, observed, slice_thickness_mm, roi_mm)
-    attempts = attempts_at(view, mode, match)
-    if view.slice_axis is not None and view.slice_thickness_mm is None and attempts[0][0] != "conditional":
-        thin = view.with_thin_slices()
-        view = min(view, thin, key=lambda view: probe(model, view, attempts[0], seed))
+    attempts = attempts_at(view, mode, match, interpolated=samples is None and bool(model.plan.typical))
     best = explain(model, view, attempts, samples=samples, seed=seed, progress=progress)
     if progress:
         progress(1.0)
-    found = _result(model.plan, scan, view, best, grid=grid, seed=seed, seconds=time.monotonic() - started)
+    found = _result(model.plan, scan, best, grid=grid, seed=seed, seconds=time.monotonic() - started)
     return replace(found, observed=observed, notes=notes)
 
 
@@ -244,41 +248,54 @@ def explain(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Found:
-    """The first explanation if it does not surprise, else the first other one that convinces, else that of best layout.
+    """The least surprising explanation once one surprises by no more than its limit, else that of the best layout.
 
     Unseen surroundings are not asked for where it is the contrast that surprises: most of what they show is the model's
     own guess, which never does.
     """
-    best = first = None
-    for number, (way, match, widened) in enumerate(attempts):
-        if widened and first and first.contrast > LIMIT:
+    tried: list[Found] = []
+    probed = False
+    for number, attempt in enumerate(attempts):
+        if attempt.widened and tried and tried[0].contrast > LIMIT:
             continue
-        share, seen = _share(progress, number, len(attempts)), view.with_margins() if widened else view
-        found = infer(model, seen, way, match, samples=samples, seed=seed, progress=share)
-        found = found._replace(convincing=CONVINCING if first else LIMIT)
-        if found.surprise is None or found.surprise <= found.convincing:
-            return found
-        first = first or found
-        best = min(best or found, found, key=lambda f: f.layout)
-    assert best is not None, "at least one attempt"
-    return best
+        if attempt.mode != "conditional" and not probed:
+            view, probed = likely_slices(model, view, attempt, seed), True
+        share, seen = _share(progress, number, len(attempts)), view.with_margins() if attempt.widened else view
+        found = infer(model, seen, attempt.mode, attempt.match, samples=samples, seed=seed, progress=share)
+        tried.append(found._replace(convincing=attempt.limit))
+        if found.surprise is None or found.surprise <= attempt.limit:
+            return min(tried, key=lambda found: found.surprise or 0.0)._replace(convincing=attempt.limit)
+    return min(tried, key=lambda found: found.layout)
 
 
-def attempts_at(view: View, mode: str, match: str) -> list[Attempt]:
-    """What to try in turn until one does not surprise the model, the most likely first."""
+def attempts_at(view: View, mode: str, match: str, interpolated: bool = True) -> list[Attempt]:
+    """What to try in turn until one does not surprise the model, the most likely first.
+
+    Args:
+        interpolated: whether one evaluation of the interpolation may explain a coarse or incomplete scan, too.
+    """
     steered = "restore-then-condition" if mode in ("auto", "conditional") else mode
     usual = "affine" if view.coarse and not view.interpolable else "none"
-    first = Attempt(steered, usual if match == "auto" else match)
+    guided = Attempt(steered, usual if match == "auto" else match)
+    at_once = Attempt("conditional", match if match in MONOTONE else "none")
     if mode == "conditional" or (mode == "auto" and view.complete and match in UNGUIDED):
-        first = Attempt("conditional", match if match in MONOTONE else "none")
-    if mode == "conditional" or match != "auto":
-        return [first]
-    if first.mode == "conditional":
-        others = [*(Attempt("conditional", other) for other in MONOTONE), Attempt(steered, "curve")]
+        attempts = [at_once]
+    elif mode == match == "auto" and interpolated:
+        quick = at_once._replace(limit=CONVINCING)
+        attempts = [quick, guided] if view.nearly_complete else [guided, quick]
     else:
-        others = [Attempt(steered, other) for other in (MONOTONE if view.interpolable else ("affine", "curve"))]
-    widened = [Attempt(steered, usual, widened=True)] if mode == "auto" and any(view.room) else []
-    return [*dict.fromkeys([first, *others]), *widened]
+        attempts = [guided]
+    if mode == "conditional" or match != "auto":
+        return attempts
+    if attempts == [at_once]:
+        attempts += [*(Attempt("conditional", other, CONVINCING) for other in MONOTONE)]
+        attempts += [Attempt(steered, "curve", CONVINCING)]
+    else:
+        others = MONOTONE if view.interpolable else ("affine", "curve")
+        attempts += [Attempt(steered, other, CONVINCING) for other in others if other != usual]
+    if mode == "auto" and any(view.room):
+        attempts.append(Attempt(steered, usual, CONVINCING, widened=True))
+    return attempts
 
 
 def _share(progress: Progress | None, number: int, count: int) -> Progress | None:
@@ -330,7 +347,7 @@ def infer(
             how = Sampling(travels=0 if match in RIGID else TRAVELS, start=start)
             soft, image, residual = guided_pair(model, view, mode, MATCHES[match], seeds, how, progress)
         off = surprise_of(model, view, image, soft)
-        return Found(view.inside(soft), view.inside(image), residual, *off, mode, match, view.widened)
+        return Found(view, view.inside(soft), view.inside(image), residual, *off, mode, match)
 
 
 def surprise_of(
@@ -359,11 +376,17 @@ def denoise_with(model: Model, voxels: int) -> Denoise:
     return tiled(denoise, model.plan.patch) if voxels > TILED_ABOVE else denoise
 
 
+def likely_slices(model: Model, view: View, attempt: Attempt, seed: int) -> View:
+    """The scan with slices that average their spacing, or with gaps between them if those explain it better."""
+    if view.slice_axis is None or view.slice_thickness_mm is not None:
+        return view
+    return min(view, view.with_thin_slices(), key=lambda view: probe(model, view, attempt, seed))
+
+
 def probe(model: Model, view: View, attempt: Attempt, seed: int) -> float:
     """Residual of one guided sample: what the observation's geometry, as assumed by `view`, leaves unexplained."""
-    mode, match, _ = attempt
     with torch.no_grad():
-        return guided_pair(model, view, mode, MATCHES[match], [seed * 10_007], Sampling())[2]
+        return guided_pair(model, view, attempt.mode, MATCHES[attempt.match], [seed * 10_007], Sampling())[2]
 
 
 def conditional(
@@ -486,10 +509,8 @@ def _residual(z0: Tensor, fields: Fields, observation: Observation, match: match
 # The result -----------------------------------------------------------------------------------------------
 
 
-def _result(
-    plan: Plan, scan: Volume, view: View, found: Found, *, grid: str, seed: int, seconds: float
-) -> Segmentation:
-    soft = found.soft
+def _result(plan: Plan, scan: Volume, found: Found, *, grid: str, seed: int, seconds: float) -> Segmentation:
+    soft, view = found.soft, found.view
     mean = soft.mean(dim=0).numpy() if len(soft) > 1 else soft[0].numpy()
     names = dict(zip(plan.label_values, plan.labels, strict=True))
     values = np.asarray(plan.label_values, dtype=np.uint8 if max(plan.label_values) < 256 else np.int32)
@@ -509,7 +530,7 @@ def _result(
     return Segmentation(
         labels=labels, probabilities=chances, volume_ml=_volumes(plan, space, soft), residual=found.residual,
         surprise=found.surprise, mode=found.mode, match=found.match, slice_thickness_mm=view.slice_thickness_mm,
-        widened=found.widened, observed_share=observed_share(view, mean), extent_share=view.extent_share,
+        widened=view.widened, observed_share=observed_share(view, mean), extent_share=view.extent_share,
         seconds=seconds, seed=seed, image=restored, convincing=found.convincing,
     )  # fmt: skip
 

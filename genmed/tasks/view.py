@@ -21,6 +21,7 @@ from genmed.surprise import histogram
 from genmed.volume import Volume, check_image, require_3d, require_same_grid
 
 COARSE = 1.5  # voxels this much larger than the working spacing are an observation, not something to interpolate
+TWICE = 2.1  # times the working spacing up to which interpolation leaves little to guess; 2 and rounding
 ROUNDING = 1.01  # of a slice thickness in a header
 LARGEST_EXTENT = 1.6  # field of view that is believed, in units of the largest one seen in training
 SMALLEST_EXTENT = 0.2  # along an axis, in the same units: below it, the header or the result is doubtful
@@ -116,14 +117,20 @@ class View:
         return not self.coarse and bool(self.seen.all())
 
     @property
+    def nearly_complete(self) -> bool:
+        """Interpolation leaves little to guess: voxels are at most twice as large as the model's, none is hidden."""
+        pairs = zip(self.spacing_y_mm, self.space.model.spacing_mm, strict=True)
+        return all(mm <= TWICE * working_mm for mm, working_mm in pairs) and bool(self.seen.all())
+
+    @property
     def interpolable(self) -> bool:
         """Only slices of a model of thick slices are missing: those beside them tell more than its guess from noise."""
         return self.thick_slices and not bool(self.seen.all()) and not self.widened
 
     @property
     def covered(self) -> Bool[Tensor, "x y z"]:
-        """Working voxels that some observed voxel averages, with others or alone."""
-        return apply_matrices(self.seen[None, None].float(), [m.T for m in self.matrices])[0, 0] > 0
+        """Working voxels in the field of view that some observed voxel averages, with others or alone."""
+        return self.inside(apply_matrices(self.seen[None, None].float(), [m.T for m in self.matrices]))[0, 0] > 0
 
     @property
     def image(self) -> Float[Tensor, "1 c x y z"]:
