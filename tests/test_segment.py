@@ -504,6 +504,11 @@ def test_thin_slices_have_gaps_between_them() -> None:
             ["conditional/none", "conditional/rising at 2", "conditional/falling at 2",
              "restore-then-condition/curve at 2", "restore-then-condition/none at 2, widened"],
         ),
+        (
+            "auto", "auto", "cramped",
+            ["conditional/none at 2", "restore-then-condition/none, widened", "conditional/rising at 2",
+             "conditional/falling at 2", "restore-then-condition/curve at 2"],
+        ),
         ("auto", "none", "complete", ["conditional/none"]),
         ("auto", "curve", "complete", ["restore-then-condition/curve"]),
         ("auto", "rising", "complete", ["conditional/rising"]),
@@ -534,9 +539,12 @@ def test_thin_slices_have_gaps_between_them() -> None:
 )  # fmt: skip
 def test_what_is_tried_in_which_order(mode: str, match: str, seen: str, attempts: list[str]) -> None:
     spacing_mm = {"twice as coarse": 2.0, "coarse": 2.5}.get(seen, 1.0)
-    image = scan((10, 10, 12) if spacing_mm == 1 else (5, 5, 6), np.diag([spacing_mm] * 3 + [1]))
+    shape = (5, 5, 6) if spacing_mm > 1 else (10, 10, 9 if seen == "cramped" else 12)
+    image = scan(shape, np.diag([spacing_mm] * 3 + [1]))
     view = View.of(PLAN, image, slices_seen(image) if seen == "in part" else None)
-    assert (view.complete, view.nearly_complete) == (seen == "complete", seen in ("complete", "twice as coarse"))
+    complete = seen in ("complete", "cramped")
+    assert (view.complete, view.nearly_complete) == (complete, complete or seen == "twice as coarse")
+    assert view.cramped == (seen == "cramped")
 
     def described(interpolated: bool) -> list[str]:
         return [
@@ -545,7 +553,7 @@ def test_what_is_tried_in_which_order(mode: str, match: str, seen: str, attempts
         ]
 
     assert described(True) == attempts
-    quick = mode == match == "auto" and seen != "complete"
+    quick = mode == match == "auto" and not complete
     assert described(False) == [one for one in attempts if not (quick and one.startswith("conditional"))]
 
 
@@ -648,27 +656,33 @@ def test_a_coarse_scan_is_restored_if_its_interpolation_surprises(
 ) -> None:
     from genmed.tasks import segment as module
 
-    def surprise_of(model: Model, view: View, image: torch.Tensor, soft: torch.Tensor) -> tuple[float, float, float]:
-        interpolated = torch.equal(image[:1], view.image)
-        return surprise if interpolated else 1.5, 0.0, 0.0
+    coarse = scan((5, 6, 6), np.diag([2, 2, 2, 1]))
+    interpolation = View.of(PLAN, coarse).image
+
+    def surprise_of(model: Model, image: torch.Tensor, soft: torch.Tensor) -> tuple[float, float, float]:
+        return surprise if torch.equal(image, interpolation) else 1.5, 0.0, 0.0
 
     if known:
         monkeypatch.setattr(module, "surprise_of", surprise_of)
     else:
         measured = replace(measured, plan=replace(measured.plan, typical=()))
-    found = segment(measured, scan((5, 6, 6), np.diag([2, 2, 2, 1])), samples=samples)
+    found = segment(measured, coarse, samples=samples)
     assert found.mode == mode and (found.image is None) == (mode == "conditional") and not found.doubtful
 
 
 def test_a_widened_result_lies_on_the_grid_of_the_scan(measured: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     from genmed.tasks import segment as module
 
-    def surprise_of(model: Model, view: View, image: torch.Tensor, soft: torch.Tensor) -> tuple[float, float, float]:
-        return 0.0 if image.shape[2] == 16 else 99.0, 9.0, 0.0
+    asked: list[torch.Size] = []
+
+    def surprise_of(model: Model, image: torch.Tensor, soft: torch.Tensor) -> tuple[float, float, float]:
+        asked.append(image.shape[2:])
+        return 99.0 if len(asked) < 5 else 0.0, 9.0, 0.0
 
     monkeypatch.setattr(module, "surprise_of", surprise_of)
     found = segment(measured, scan(), samples=2)
     assert found.widened and found.surprise == 0 and found.labels.grid.shape == scan().grid.shape
+    assert len(set(asked)) == 1 and len(asked) == 5  # what lies beyond the scan is not judged
     assert found.image is not None and found.image.grid.shape == View.of(PLAN, scan()).space.model.shape
     assert np.array_equal(found.labels.affine, scan().affine)
 

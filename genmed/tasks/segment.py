@@ -23,7 +23,7 @@ from genmed.observe import Observation
 from genmed.plan import Plan
 from genmed.samplers import Denoise, euler, heun, noise, schedule, seeded, time_travel
 from genmed.space import Intensity, Space
-from genmed.surprise import DRAWS, LIMIT, features, histogram, surprise, typical_histogram
+from genmed.surprise import DRAWS, LIMIT, features, surprise, typical_histogram
 from genmed.tasks.view import SMALLEST_EXTENT, View, seen_slices
 from genmed.tiles import tiled, tiled_logits
 from genmed.volume import Volume
@@ -287,15 +287,15 @@ def attempts_at(view: View, mode: str, match: str, interpolated: bool = True) ->
         attempts = [guided]
     if mode == "conditional" or match != "auto":
         return attempts
-    if attempts == [at_once]:
-        attempts += [*(Attempt("conditional", other, CONVINCING) for other in MONOTONE)]
-        attempts += [Attempt(steered, "curve", CONVINCING)]
-    else:
+    widened = [Attempt(steered, usual, CONVINCING, widened=True)] if mode == "auto" and any(view.room) else []
+    if attempts != [at_once]:
         others = MONOTONE if view.interpolable else ("affine", "curve")
-        attempts += [Attempt(steered, other, CONVINCING) for other in others if other != usual]
-    if mode == "auto" and any(view.room):
-        attempts.append(Attempt(steered, usual, CONVINCING, widened=True))
-    return attempts
+        return [*attempts, *(Attempt(steered, other, CONVINCING) for other in others if other != usual), *widened]
+    maps = [Attempt("conditional", other, CONVINCING) for other in MONOTONE]
+    bent = Attempt(steered, "curve", CONVINCING)
+    if view.cramped:
+        return [at_once._replace(limit=CONVINCING), widened[0]._replace(limit=LIMIT), *maps, bent]
+    return [at_once, *maps, bent, *widened]
 
 
 def _share(progress: Progress | None, number: int, count: int) -> Progress | None:
@@ -346,21 +346,18 @@ def infer(
             start = START_SIGMA if view.interpolable and match in UNGUIDED else None
             how = Sampling(travels=0 if match in RIGID else TRAVELS, start=start)
             soft, image, residual = guided_pair(model, view, mode, MATCHES[match], seeds, how, progress)
-        off = surprise_of(model, view, image, soft)
-        return Found(view, view.inside(soft), view.inside(image), residual, *off, mode, match)
+        soft, image = view.inside(soft), view.inside(image)
+        return Found(view, soft, image, residual, *surprise_of(model, image, soft), mode, match)
 
 
 def surprise_of(
-    model: Model, view: View, image: Float[Tensor, "s c x y z"], soft: Float[Tensor, "s k x y z"]
+    model: Model, image: Float[Tensor, "s c x y z"], soft: Float[Tensor, "s k x y z"]
 ) -> tuple[float | None, float, float]:
-    """Means of `Surprise` over samples, by the histogram of the seen part; nothing if clean cases were not measured."""
+    """Means of `Surprise` over samples; nothing if clean cases were not measured."""
     if not model.plan.typical:
         return None, 0.0, 0.0
     draws = 1 if image[0, 0].numel() > TILED_ABOVE else max(1, DRAWS // len(image))
     values = features(denoise_with(model, image[0, 0].numel()), model.denoiser.fields, image, soft, draws)
-    if view.widened:
-        seen = histogram(view.inside(image)).flatten(1)
-        values[:, -seen.shape[1] :] = seen
     off = surprise(values, model.plan.typical, len(model.plan.labels) - 1)
     return float(off.most.mean()), float(off.layout.mean()), float(off.contrast.mean())
 

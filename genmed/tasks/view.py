@@ -23,6 +23,7 @@ from genmed.volume import Volume, check_image, require_3d, require_same_grid
 COARSE = 1.5  # voxels this much larger than the working spacing are an observation, not something to interpolate
 TWICE = 2.1  # times the working spacing up to which interpolation leaves little to guess; 2 and rounding
 ROUNDING = 1.01  # of a slice thickness in a header
+CRAMPED = 0.25  # share of a training patch that a scan fills below which its surroundings are missed
 LARGEST_EXTENT = 1.6  # field of view that is believed, in units of the largest one seen in training
 SMALLEST_EXTENT = 0.2  # along an axis, in the same units: below it, the header or the result is doubtful
 SIGMA_Y = 0.05  # noise of an observed voxel, in standard deviations of the image
@@ -105,6 +106,12 @@ class View:
     def widened(self) -> bool:
         """There are margins."""
         return any(map(sum, self.margins))
+
+    @property
+    def cramped(self) -> bool:
+        """The scan fills so little of a training patch that a network misses its surroundings."""
+        sizes = zip(self.space.model.shape, self.room, strict=True)
+        return math.prod(n / (n + free) for n, free in sizes) < CRAMPED
 
     def inside(self, values: Float[Tensor, "b c X Y Z"]) -> Float[Tensor, "b c x y z"]:
         """What lies within the scan's field of view of values on the working grid and its margins."""
