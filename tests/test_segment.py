@@ -506,8 +506,8 @@ def test_thin_slices_have_gaps_between_them() -> None:
         ),
         (
             "auto", "auto", "cramped",
-            ["conditional/none at 2", "restore-then-condition/none, widened", "conditional/rising at 2",
-             "conditional/falling at 2", "restore-then-condition/curve at 2"],
+            ["restore-then-condition/none, widened", "restore-then-condition/affine at 2, widened",
+             "restore-then-condition/curve at 2, widened"],
         ),
         ("auto", "none", "complete", ["conditional/none"]),
         ("auto", "curve", "complete", ["restore-then-condition/curve"]),

@@ -256,7 +256,7 @@ def explain(
     tried: list[Found] = []
     probed = False
     for number, attempt in enumerate(attempts):
-        if attempt.widened and tried and tried[0].contrast > LIMIT:
+        if attempt.widened and tried and not tried[0].view.widened and tried[0].contrast > LIMIT:
             continue
         if attempt.mode != "conditional" and not probed:
             view, probed = likely_slices(model, view, attempt, seed), True
@@ -291,10 +291,10 @@ def attempts_at(view: View, mode: str, match: str, interpolated: bool = True) ->
     if attempts != [at_once]:
         others = MONOTONE if view.interpolable else ("affine", "curve")
         return [*attempts, *(Attempt(steered, other, CONVINCING) for other in others if other != usual), *widened]
-    maps = [Attempt("conditional", other, CONVINCING) for other in MONOTONE]
-    bent = Attempt(steered, "curve", CONVINCING)
+    maps = (Attempt("conditional", other, CONVINCING) for other in MONOTONE)
+    line, bent = (Attempt(steered, other, CONVINCING) for other in ("affine", "curve"))
     if view.cramped:
-        return [at_once._replace(limit=CONVINCING), widened[0]._replace(limit=LIMIT), *maps, bent]
+        return [Attempt(steered, usual, LIMIT, widened=True), *(other._replace(widened=True) for other in (line, bent))]
     return [at_once, *maps, bent, *widened]
 
 
