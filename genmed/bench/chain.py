@@ -104,7 +104,7 @@ class Arena:
             return float(np.mean([dice(found == value, truth.data[0] == value) for value in values]))
 
         plain = segment(self.segmenter, worse.scan, mode="conditional", grid="model", **worse.options)
-        guided = segment(self.segmenter, worse.scan, mode="restore-then-condition", grid="model", **worse.options)
+        guided = segment(self.segmenter, worse.scan, grid="model", **worse.options)
         structures, _ = structures_of(plan, self.completer)
         chained = complete_all(
             self.completer, plan, worse.scan, guided, structures, grid="model", observed=worse.observed

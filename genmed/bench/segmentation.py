@@ -59,7 +59,7 @@ from genmed.tasks.segment import (
     TRAVELS,
     segment,
 )
-from genmed.tasks.view import TWICE, View
+from genmed.tasks.view import CRAMPED, TWICE, View
 from genmed.train import BEST, CHECKPOINT, Spent, fair_minutes, time_spent, train
 from genmed.volume import Grid, Volume, read, read_labels
 
@@ -309,7 +309,7 @@ def load_ours(folder: Path, mode: str) -> Trained:
     if plan.thick_slices:
         settings["start"] = START_SIGMA
     if mode == "auto":
-        settings["interpolation up to"] = TWICE
+        settings |= {"interpolated up to": TWICE, "widened below": CRAMPED}
     best = hub.read_card(best_of(folder)).scores.get("tune dice", float("nan"))
     return Trained(
         folder, model.sha256, settings, dict(zip(plan.label_values, plan.labels, strict=True)),
