@@ -6,7 +6,7 @@ the structures are looked at besides, and so is the histogram of the image, wher
 is familiar. No other modality is needed to set the threshold: it comes from clean tuning cases alone.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,6 +32,7 @@ def features(
     image: Float[Tensor, "b c x y z"],
     soft: Float[Tensor, "b k x y z"],
     draws: int = DRAWS,
+    inside: Callable[[Tensor], Tensor] = lambda values: values,
 ) -> Float[Tensor, "b n"]:
     """Logarithms of the denoising errors at `SIGMA` of image and label, of the structures' volumes, and the histogram.
 
@@ -45,6 +46,7 @@ def features(
         denoise: (z, sigma) -> z0_hat of all fields.
         image: normalised images.
         soft: label probabilities; the most probable class is judged.
+        inside: takes what is judged out of what is denoised, for a network that needs surroundings which nobody saw.
 
     Returns:
         Two errors, k − 1 volumes, the `histogram` of every channel.
@@ -57,11 +59,12 @@ def features(
         n = noise(z0[:1], seeded([number])).expand_as(z0)
         parts = fields.split(denoise(z0 + SIGMA * n, SIGMA).float())
         chance = probabilities(parts["label"]).gather(1, classes[:, None]).clamp(min=1e-6)
-        errors[:, 0] += (parts["image"] - image).square().mean(dim=(1, 2, 3, 4)) / draws
-        errors[:, 1] -= chance.log().sum(dim=(1, 2, 3, 4)) / draws
-    voxels = (label[:, 1:] > 0).sum(dim=(2, 3, 4)) + 1
-    errors[:, 1] /= ((classes > 0).sum(dim=(1, 2, 3)) + 1) ** (2 / 3)
-    return torch.cat([torch.cat([errors.clamp(min=1e-9), voxels], dim=1).log(), histogram(image).flatten(1)], dim=1)
+        errors[:, 0] += inside((parts["image"] - image).square()).mean(dim=(1, 2, 3, 4)) / draws
+        errors[:, 1] -= inside(chance.log()).sum(dim=(1, 2, 3, 4)) / draws
+    voxels = (inside(label)[:, 1:] > 0).sum(dim=(2, 3, 4))
+    errors[:, 1] /= (voxels.sum(dim=1) + 1) ** (2 / 3)
+    logarithms = torch.cat([errors.clamp(min=1e-9), voxels + 1], dim=1).log()
+    return torch.cat([logarithms, histogram(inside(image)).flatten(1)], dim=1)
 
 
 def histogram(image: Float[Tensor, "b c x y z"]) -> Float[Tensor, "b c 9"]:

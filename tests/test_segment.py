@@ -659,7 +659,9 @@ def test_a_coarse_scan_is_restored_if_its_interpolation_surprises(
     coarse = scan((5, 6, 6), np.diag([2, 2, 2, 1]))
     interpolation = View.of(PLAN, coarse).image
 
-    def surprise_of(model: Model, image: torch.Tensor, soft: torch.Tensor) -> tuple[float, float, float]:
+    def surprise_of(
+        model: Model, view: View, image: torch.Tensor, soft: torch.Tensor
+    ) -> tuple[float, float, float]:
         return surprise if torch.equal(image, interpolation) else 1.5, 0.0, 0.0
 
     if known:
@@ -673,16 +675,19 @@ def test_a_coarse_scan_is_restored_if_its_interpolation_surprises(
 def test_a_widened_result_lies_on_the_grid_of_the_scan(measured: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     from genmed.tasks import segment as module
 
-    asked: list[torch.Size] = []
+    asked: list[tuple[torch.Size, torch.Size]] = []
 
-    def surprise_of(model: Model, image: torch.Tensor, soft: torch.Tensor) -> tuple[float, float, float]:
-        asked.append(image.shape[2:])
+    def surprise_of(
+        model: Model, view: View, image: torch.Tensor, soft: torch.Tensor
+    ) -> tuple[float, float, float]:
+        asked.append((image.shape[2:], view.inside(soft).shape[2:]))
         return 99.0 if len(asked) < 5 else 0.0, 9.0, 0.0
 
     monkeypatch.setattr(module, "surprise_of", surprise_of)
     found = segment(measured, scan(), samples=2)
     assert found.widened and found.surprise == 0 and found.labels.grid.shape == scan().grid.shape
-    assert len(set(asked)) == 1 and len(asked) == 5  # what lies beyond the scan is not judged
+    size = View.of(PLAN, scan()).image.shape[2:]
+    assert asked == [(size, size)] * 4 + [((16, 16, 16), size)]  # denoised with its surroundings, judged without them
     assert found.image is not None and found.image.grid.shape == View.of(PLAN, scan()).space.model.shape
     assert np.array_equal(found.labels.affine, scan().affine)
 

@@ -41,6 +41,23 @@ def test_neither_size_nor_field_of_view_makes_a_label_surprising() -> None:
     assert errors[0] == pytest.approx(errors[1], abs=0.05)
 
 
+def test_surroundings_are_shown_to_the_denoiser_but_not_judged() -> None:
+    asked: list[torch.Size] = []
+
+    def denoise(z: Tensor, sigma: float) -> Tensor:
+        asked.append(z.shape[2:])
+        return torch.zeros_like(z)
+
+    def inside(values: Tensor) -> Tensor:
+        return values[:, :, 1:-1, 2:, :-3]
+
+    image, soft = torch.rand(2, 1, *SIZE), torch.rand(2, 2, *SIZE)
+    found = features(denoise, FIELDS, image, soft, draws=2, inside=inside)
+    alone = features(denoise, FIELDS, inside(image), inside(soft), draws=2)
+    assert torch.allclose(found, alone, atol=1e-6)
+    assert asked == [SIZE] * 2 + [inside(image).shape[2:]] * 2
+
+
 def test_a_denoiser_is_shown_the_pair_in_noise_of_the_known_level() -> None:
     seen: list[Tensor] = []
 

@@ -346,18 +346,19 @@ def infer(
             start = START_SIGMA if view.interpolable and match in UNGUIDED else None
             how = Sampling(travels=0 if match in RIGID else TRAVELS, start=start)
             soft, image, residual = guided_pair(model, view, mode, MATCHES[match], seeds, how, progress)
-        soft, image = view.inside(soft), view.inside(image)
-        return Found(view, soft, image, residual, *surprise_of(model, image, soft), mode, match)
+        off = surprise_of(model, view, image, soft)
+        return Found(view, view.inside(soft), view.inside(image), residual, *off, mode, match)
 
 
 def surprise_of(
-    model: Model, image: Float[Tensor, "s c x y z"], soft: Float[Tensor, "s k x y z"]
+    model: Model, view: View, image: Float[Tensor, "s c X Y Z"], soft: Float[Tensor, "s k X Y Z"]
 ) -> tuple[float | None, float, float]:
-    """Means of `Surprise` over samples; nothing if clean cases were not measured."""
+    """Means of `Surprise` over samples, within the field of view; nothing if clean cases were not measured."""
     if not model.plan.typical:
         return None, 0.0, 0.0
     draws = 1 if image[0, 0].numel() > TILED_ABOVE else max(1, DRAWS // len(image))
-    values = features(denoise_with(model, image[0, 0].numel()), model.denoiser.fields, image, soft, draws)
+    denoise = denoise_with(model, image[0, 0].numel())
+    values = features(denoise, model.denoiser.fields, image, soft, draws, view.inside)
     off = surprise(values, model.plan.typical, len(model.plan.labels) - 1)
     return float(off.most.mean()), float(off.layout.mean()), float(off.contrast.mean())
 
@@ -485,7 +486,7 @@ def guided_pair(
         ) from error
     residual = _residual(z0, fields, observation, match)
     parts = fields.split(consistent(z0, fields, [observation], match=match) if how.last_step else z0)
-    image = parts["image"] if match is matches.none else _standardised(parts["image"])
+    image = parts["image"] if match is matches.none else _standardised(parts["image"], view)
     if mode == "restore-then-condition":
         soft = torch.cat([conditional(model.denoiser, one[None], patch=plan.patch) for one in image])
     else:
@@ -493,9 +494,10 @@ def guided_pair(
     return soft, image, residual
 
 
-def _standardised(image: Float[Tensor, "s c x y z"]) -> Float[Tensor, "s c x y z"]:
-    """Normalised as the training images were: a match leaves the contrast of its own side open."""
-    return torch.stack([Intensity.fit(one.numpy()).normalise(one) for one in image])
+def _standardised(image: Float[Tensor, "s c X Y Z"], view: View) -> Float[Tensor, "s c X Y Z"]:
+    """Normalised by the field of view, as every scan is: a match leaves the contrast of its own side open."""
+    fits = (Intensity.fit(one.numpy()) for one in view.inside(image))
+    return torch.stack([fit.normalise(one) for fit, one in zip(fits, image, strict=True)])
 
 
 def _residual(z0: Tensor, fields: Fields, observation: Observation, match: matches.Match) -> float:
