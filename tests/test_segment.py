@@ -58,7 +58,7 @@ def measured(model: Model) -> Model:
     return replace(model, plan=replace(PLAN, typical=typical))
 
 
-def scan(shape: tuple[int, int, int] = (10, 12, 9), affine: np.ndarray = OBLIQUE, seed: int = 0) -> Volume:
+def scan(shape: tuple[int, int, int] = (11, 12, 13), affine: np.ndarray = OBLIQUE, seed: int = 0) -> Volume:
     data = np.random.default_rng(seed).normal(100, 20, (1, *shape)).astype(np.float32)
     return Volume(data=data, affine=affine)
 
@@ -509,6 +509,13 @@ def test_thin_slices_have_gaps_between_them() -> None:
             ["restore-then-condition/none, widened", "restore-then-condition/affine at 2, widened",
              "restore-then-condition/curve at 2, widened"],
         ),
+        (
+            "auto", "auto", "cramped, in part",
+            ["restore-then-condition/none, widened", "restore-then-condition/affine at 2, widened",
+             "restore-then-condition/curve at 2, widened"],
+        ),
+        ("auto", "none", "cramped", ["conditional/none"]),
+        ("joint", "auto", "cramped", ["joint/none", "joint/affine at 2", "joint/curve at 2"]),
         ("auto", "none", "complete", ["conditional/none"]),
         ("auto", "curve", "complete", ["restore-then-condition/curve"]),
         ("auto", "rising", "complete", ["conditional/rising"]),
@@ -539,12 +546,12 @@ def test_thin_slices_have_gaps_between_them() -> None:
 )  # fmt: skip
 def test_what_is_tried_in_which_order(mode: str, match: str, seen: str, attempts: list[str]) -> None:
     spacing_mm = {"twice as coarse": 2.0, "coarse": 2.5}.get(seen, 1.0)
-    shape = (5, 5, 6) if spacing_mm > 1 else (10, 10, 9 if seen == "cramped" else 12)
+    shape = (6, 6, 6) if spacing_mm > 1 else (10, 9 if "cramped" in seen else 13, 12)
     image = scan(shape, np.diag([spacing_mm] * 3 + [1]))
-    view = View.of(PLAN, image, slices_seen(image) if seen == "in part" else None)
+    view = View.of(PLAN, image, slices_seen(image) if "in part" in seen else None)
     complete = seen in ("complete", "cramped")
     assert (view.complete, view.nearly_complete) == (complete, complete or seen == "twice as coarse")
-    assert view.cramped == (seen == "cramped")
+    assert view.cramped == ("cramped" in seen)
 
     def described(interpolated: bool) -> list[str]:
         return [

@@ -276,6 +276,9 @@ def attempts_at(view: View, mode: str, match: str, interpolated: bool = True) ->
     """
     steered = "restore-then-condition" if mode in ("auto", "conditional") else mode
     usual = "affine" if view.coarse and not view.interpolable else "none"
+    if mode == match == "auto" and view.cramped:
+        others = (Attempt(steered, other, CONVINCING, widened=True) for other in ("affine", "curve") if other != usual)
+        return [Attempt(steered, usual, widened=True), *others]
     guided = Attempt(steered, usual if match == "auto" else match)
     at_once = Attempt("conditional", match if match in MONOTONE else "none")
     if mode == "conditional" or (mode == "auto" and view.complete and match in UNGUIDED):
@@ -292,10 +295,7 @@ def attempts_at(view: View, mode: str, match: str, interpolated: bool = True) ->
         others = MONOTONE if view.interpolable else ("affine", "curve")
         return [*attempts, *(Attempt(steered, other, CONVINCING) for other in others if other != usual), *widened]
     maps = (Attempt("conditional", other, CONVINCING) for other in MONOTONE)
-    line, bent = (Attempt(steered, other, CONVINCING) for other in ("affine", "curve"))
-    if view.cramped:
-        return [Attempt(steered, usual, LIMIT, widened=True), *(other._replace(widened=True) for other in (line, bent))]
-    return [at_once, *maps, bent, *widened]
+    return [at_once, *maps, Attempt(steered, "curve", CONVINCING), *widened]
 
 
 def _share(progress: Progress | None, number: int, count: int) -> Progress | None:

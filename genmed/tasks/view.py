@@ -23,7 +23,7 @@ from genmed.volume import Volume, check_image, require_3d, require_same_grid
 COARSE = 1.5  # voxels this much larger than the working spacing are an observation, not something to interpolate
 TWICE = 2.1  # times the working spacing up to which interpolation leaves little to guess; 2 and rounding
 ROUNDING = 1.01  # of a slice thickness in a header
-CRAMPED = 0.25  # share of a training patch that a scan fills below which its surroundings are missed
+CRAMPED = 0.35  # share of what networks saw at once in training below which a scan's surroundings are missed
 LARGEST_EXTENT = 1.6  # field of view that is believed, in units of the largest one seen in training
 SMALLEST_EXTENT = 0.2  # along an axis, in the same units: below it, the header or the result is doubtful
 SIGMA_Y = 0.05  # noise of an observed voxel, in standard deviations of the image
@@ -51,6 +51,7 @@ class View:
     room: tuple[int, int, int] = (0, 0, 0)  # working voxels by which the training patches are larger
     margins: tuple[tuple[int, int], ...] = ((0, 0), (0, 0), (0, 0))  # unseen voxels round the working grid
     extent_share: float = 1.0  # of the field of view seen in training, along the axis with the least of it
+    patch_share: float = 1.0  # of what was seen at once in training: a patch, or the field of view where that is smaller
     thick_slices: bool = False  # the model's own are; see `genmed.plan.Plan`
 
     @property
@@ -109,9 +110,8 @@ class View:
 
     @property
     def cramped(self) -> bool:
-        """The scan fills so little of a training patch that a network misses its surroundings."""
-        sizes = zip(self.space.model.shape, self.room, strict=True)
-        return math.prod(n / (n + free) for n, free in sizes) < CRAMPED
+        """The scan shows so little that a network misses its surroundings."""
+        return any(self.room) and self.patch_share < CRAMPED
 
     def inside(self, values: Float[Tensor, "b c X Y Z"]) -> Float[Tensor, "b c x y z"]:
         """What lies within the scan's field of view of values on the working grid and its margins."""
@@ -210,7 +210,7 @@ class View:
             space, intensity, torch.from_numpy(y).float()[None] * visible, visible,
             tuple(torch.from_numpy(m).float() for m in matrices),  # type: ignore[arg-type]
             tuple(coarse_axes), slice_thickness_mm, _room(plan, space), extent_share=extent_share,  # type: ignore[arg-type]
-            thick_slices=plan.thick_slices,
+            patch_share=_patch_share(plan, space), thick_slices=plan.thick_slices,
         )  # fmt: skip
 
 
@@ -300,6 +300,14 @@ def _room(plan: Plan, space: Space) -> tuple[int, int, int]:
     """Working voxels that a training patch has more than the scan; none along thick slices, whose number varies."""
     x, y, z = (max(0, patch - n) for patch, n in zip(plan.patch, space.model.shape, strict=True))
     return x, y, 0 if plan.thick_slices else z
+
+
+def _patch_share(plan: Plan, space: Space) -> float:
+    """Share that the scan covers of a training patch or, along axes where that is smaller, of the field of view."""
+    trained = zip(plan.patch, plan.spacing_mm, plan.extent_mm, strict=True)
+    usual = [min(n, extent / mm) for n, mm, extent in trained]
+    x, y, z = (min(1.0, n / most) for n, most in zip(space.model.shape, usual, strict=True))
+    return x * y * (1.0 if plan.thick_slices else z)
 
 
 def _slice_axis(coarse_axes: Sequence[bool], spacing_mm: Sequence[float]) -> int | None:
