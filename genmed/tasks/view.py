@@ -51,7 +51,7 @@ class View:
     room: tuple[int, int, int] = (0, 0, 0)  # working voxels by which the training patches are larger
     margins: tuple[tuple[int, int], ...] = ((0, 0), (0, 0), (0, 0))  # unseen voxels round the working grid
     extent_share: float = 1.0  # of the field of view seen in training, along the axis with the least of it
-    patch_share: float = 1.0  # of what was seen at once in training: a patch, or the field of view where that is smaller
+    patch_share: float = 1.0  # of what was seen at once in training; see `_patch_share`
     thick_slices: bool = False  # the model's own are; see `genmed.plan.Plan`
 
     @property
