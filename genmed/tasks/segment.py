@@ -277,8 +277,8 @@ def attempts_at(view: View, mode: str, match: str, interpolated: bool = True) ->
     steered = "restore-then-condition" if mode in ("auto", "conditional") else mode
     usual = "affine" if view.coarse and not view.interpolable else "none"
     if mode == match == "auto" and view.cramped:
-        others = (Attempt(steered, other, CONVINCING, widened=True) for other in ("affine", "curve") if other != usual)
-        return [Attempt(steered, usual, widened=True), *others]
+        flexible = (Attempt(steered, way, CONVINCING, widened=True) for way in ("affine", "curve") if way != usual)
+        return [Attempt(steered, usual, widened=True), *flexible]
     guided = Attempt(steered, usual if match == "auto" else match)
     at_once = Attempt("conditional", match if match in MONOTONE else "none")
     if mode == "conditional" or (mode == "auto" and view.complete and match in UNGUIDED):
