@@ -95,6 +95,14 @@ def test_judging_compares_with_the_truth_on_the_working_grid() -> None:
     assert ece(even.claims[NEAR, ALL]) > 0.2
 
 
+def test_coarse_working_grid_has_neighbours_near_its_boundaries(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = []
+    for near_mm in (0.5, 1.0):  # the voxels are 1 mm
+        monkeypatch.setattr(uncertainty, "NEAR_MM", near_mm)
+        counts.append(finding("clean", IDS[0], sure(0.8)).claims[NEAR, ALL].count.sum())
+    assert counts[0] == counts[1] > 0
+
+
 def test_truth_on_another_grid_is_refused() -> None:
     shifted = np.eye(4)
     shifted[0, 3] = 3

@@ -49,7 +49,7 @@ from genmed.volume import Volume, read, read_labels, require_same_grid
 
 SAMPLES = 8
 BINS = 15
-NEAR_MM = 2.0  # from a true or predicted boundary
+NEAR_MM = 2.0  # from a true or predicted boundary; a voxel, where that is larger
 REGIONS = NEAR, EVERYWHERE = ("near", "everywhere")
 ALL = "most probable class"
 CASES, BINNED, RECIPE = "cases.csv", "reliability.csv", "recipe.json"
@@ -201,7 +201,8 @@ def judge(
     require_same_grid(found.labels, Volume(true[None], space.model.affine))
     assert found.probabilities is not None
     soft, spacing_mm = found.probabilities.data, space.model.spacing_mm
-    near = near_boundary(true, spacing_mm, NEAR_MM) | near_boundary(soft.argmax(axis=0), spacing_mm, NEAR_MM)
+    near_mm = max(NEAR_MM, *spacing_mm)
+    near = near_boundary(true, spacing_mm, near_mm) | near_boundary(soft.argmax(axis=0), spacing_mm, near_mm)
     claims = {
         (region, structure): reliability(soft, true, BINS, label=label, where=where)
         for region, where in ((NEAR, near), (EVERYWHERE, None))
@@ -285,7 +286,8 @@ def report(findings: Findings, people: Mapping[str, str], samples: int) -> str:
         "",
         f"{len(people)} cases of {len(set(people.values()))} persons, {samples} samples each. Calibration error: ECE "
         f"with {BINS} bins, of the most probable class (first table) or of the structure's probability (second), over "
-        f"voxels within {NEAR_MM:g} mm of a true or found boundary and over all; in brackets the 95 % bootstrap "
+        f"voxels within {NEAR_MM:g} mm (or a voxel, where that is larger) of a true or found boundary and over all; in "
+        "brackets the 95 % bootstrap "
         "interval, whole persons resampled. Coverage: share of true volumes in the interval [Wilson 95 % interval, "
         f"every volume taken as independent]; {samples} perfect samples would reach at most "
         f"{attainable_coverage(samples):.0%}. Width and interval score: means; less is better. Plain surprise: of "
