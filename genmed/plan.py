@@ -79,6 +79,8 @@ class Plan:
     cases: int = 0                            # training cases of a few-shot draw; 0: the whole training part
     draw: int = 0                             # seed of the few-shot draw
     typical: tuple[float, ...] = ()           # `genmed.surprise.typical` of the tuning cases; empty: not measured
+    temperature: float = 1.0                  # of class probabilities: `genmed.calibration.tempered`
+    volume_error: tuple[float, ...] = ()      # of every structure: `genmed.calibration.volume_error` of tuning cases
     format_version: int = 1
 
     def __post_init__(self) -> None:
@@ -149,6 +151,10 @@ def _is_positive(value: Any) -> bool:
     return _is_number(value) and value > 0
 
 
+def _is_error(value: Any) -> bool:
+    return _is_number(value) and value >= 0
+
+
 def _is_tuple(of: Callable[[Any], bool], length: int | None = None) -> Callable[[Any], bool]:
     def accepts(value: Any) -> bool:
         if not isinstance(value, tuple) or len(value) != (length or max(len(value), 1)):
@@ -197,6 +203,8 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "cases": (_is_natural, "an integer, 0 or above"),
     "draw": (_is_natural, "an integer, 0 or above"),
     "typical": (lambda value: value == () or _is_tuple(_is_number)(value), "a list of numbers"),
+    "temperature": (_is_positive, "a positive number"),
+    "volume_error": (lambda value: value == () or _is_tuple(_is_error)(value), "a list of numbers, 0 or above"),
     "format_version": (lambda value: _is_natural(value) and value == 1, "1 for this GenMed"),
 }
 
@@ -216,6 +224,8 @@ def _check_agreement(plan: Plan) -> None:
     features = len(plan.labels) + 1 + 9 * len(plan.channels)
     if plan.typical and len(plan.typical) != 2 * features:
         _fail("typical", f"has {len(plan.typical)} numbers for {len(plan.labels)} labels; train again, or leave it out")
+    if plan.volume_error and len(plan.volume_error) != len(plan.labels) - 1:
+        _fail("volume_error", f"has {len(plan.volume_error)} numbers for {len(plan.labels) - 1} structures")
     if plan.norm_groups and any(width % plan.norm_groups for width in plan.widths):
         _fail("norm_groups", f"({plan.norm_groups}) must divide 'widths' {list(plan.widths)}")
     if plan.sigma_min >= plan.sigma_max:

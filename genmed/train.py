@@ -23,7 +23,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
+from genmed.calibration import volume_error
 from genmed.data.augment import STRONG, USUAL, random_patch
 from genmed.data.dataset import Dataset, read_dataset
 from genmed.data.fingerprint import fingerprint
@@ -47,6 +49,7 @@ VALIDATE_EVERY_MINUTES = 5.0
 WARM_UP_STEPS = 200
 EMA_DECAY = 0.999
 LARGEST_GRADIENT = 1.0
+TEMPERATURES = torch.logspace(-0.3, 0.6, 46)  # 0.5 to 4, of probabilities
 
 
 # Data -----------------------------------------------------------------------------------------------------
@@ -434,8 +437,8 @@ def train(
         _start_from(denoiser, init)
 
     def save(folder: Path, model: nn.Module, minutes: float, scores: dict[str, float]) -> None:
-        measured = dataclasses.replace(plan, typical=typical_surprise(model, tune))
-        save_model(folder, measured, model.state_dict(), first_card(dataset, plan, parts, minutes, scores))
+        card = first_card(dataset, plan, parts, minutes, scores)
+        save_model(folder, measured(plan, model, tune), model.state_dict(), card)
 
     average, minutes = fit(
         JointLoss(denoiser, plan.augmentation),
@@ -569,20 +572,32 @@ def tune_dice(segment: Callable[[Tensor], Tensor], scans: Sequence[Scan], plan: 
 
 
 @torch.no_grad()
-def typical_surprise(model: nn.Module, scans: Sequence[Scan]) -> tuple[float, ...]:
-    """How well pairs of clean image and conditional label are denoised: what `genmed.surprise` compares with."""
+def measured(plan: Plan, model: nn.Module, scans: Sequence[Scan]) -> Plan:
+    """The plan with what scans that were not trained on say of one evaluation of the model.
+
+    `typical`, how well pairs of image and label are denoised, is what `genmed.surprise` compares with. `temperature` is
+    that of `TEMPERATURES` with the least cross-entropy, `volume_error` how far the volumes are off.
+    """
+    if not scans:
+        return plan
     device = next(model.parameters()).device
 
     def denoise(z: Tensor, sigma: float) -> Tensor:
         with fast_arithmetic(device.type):
             return model(z.to(device), torch.full((len(z), len(model.fields)), sigma, device=device)).cpu()  # type: ignore
 
-    def features_of(image: Tensor) -> Tensor:
+    rows, losses, volumes = [], torch.zeros(len(TEMPERATURES)), []
+    for image, label in scans:
         with fast_arithmetic(device.type):
-            soft = conditional(model)(image).float().softmax(dim=1)
-        return features(denoise, model.fields, image, soft)  # type: ignore[arg-type]
-
-    return typical([features_of(image[None]) for image, _ in scans])
+            logits = conditional(model)(image[None]).float()
+        rows.append(features(denoise, model.fields, image[None], logits.softmax(dim=1)))  # type: ignore[arg-type]
+        losses += torch.stack([cross_entropy(logits / t, label[None].long(), reduction="sum") for t in TEMPERATURES])
+        volumes.append([torch.bincount(c.flatten(), minlength=len(plan.labels)) for c in (logits.argmax(dim=1), label)])
+    found, true = (torch.stack(side)[:, 1:].numpy() for side in zip(*volumes, strict=True))
+    return dataclasses.replace(
+        plan, typical=typical(rows), temperature=round(float(TEMPERATURES[losses.argmin()]), 3),
+        volume_error=volume_error(found, true),
+    )  # fmt: skip
 
 
 def _dice(found: Tensor, truth: Tensor) -> float:

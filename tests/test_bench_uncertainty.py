@@ -159,7 +159,7 @@ def test_table_gives_exact_numbers() -> None:
     errors = r"0\.200 \[0\.200, 0\.200\] \| 0\.200 \[0\.200, 0\.200\]"
     assert re.search(rf"{errors} {shared} 2\.0 \|$", clean)
     assert re.search(rf"0\.700 .* {shared} 2\.0 \|$", slices)
-    assert "3 cases of 2 persons, 4 samples each" in text and "at most 60%" in text
+    assert "3 cases of 2 persons, 4 samples each" in text
     assert re.search(r"\| 4 slices \| Anterior \| .* \| 100% \[44%, 100%\] \| 0\.200 \| 0\.200 \|", text)
 
 

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from genmed.calibration import (
-    attainable_coverage,
     coverage,
     ece,
     ece_interval,
@@ -16,6 +15,9 @@ from genmed.calibration import (
     reliability,
     roc_auc,
     roc_auc_interval,
+    tempered,
+    volume_error,
+    volume_interval,
 )
 from genmed.errors import GenMedError
 
@@ -187,11 +189,40 @@ def test_simulated_intervals_cover_as_often_as_they_claim() -> None:
         assert found.high - found.low < 0.02
 
 
-def test_range_of_perfect_samples_covers_what_is_attainable() -> None:
-    draws = np.random.default_rng(0).gamma(2, size=(40_000, 9))
-    found = coverage(np.stack([draws[:, :8].min(axis=1), draws[:, :8].max(axis=1)], axis=1), draws[:, 8])
-    assert found.low < attainable_coverage(8) < found.high
-    assert attainable_coverage(1) == 0 and attainable_coverage(39) == pytest.approx(0.95)
+def test_tempered_probabilities_are_those_of_divided_logits() -> None:
+    logits = np.random.default_rng(0).normal(0, 4, (3, 5, 6))
+    soft = np.exp(logits) / np.exp(logits).sum(axis=0)
+    softer = np.exp(logits / 1.5) / np.exp(logits / 1.5).sum(axis=0)
+    np.testing.assert_allclose(tempered(soft, 1.5), softer, rtol=1e-9)
+    np.testing.assert_allclose(tempered(softer, 1 / 1.5), soft, rtol=1e-9)
+    assert tempered(soft, 1.0) is soft
+    assert not tempered(np.zeros((2, 3), np.float32), 2.0).any()  # beyond a region of interest
+
+
+@pytest.mark.parametrize("cases", [4, 40])
+def test_volume_intervals_hold_the_share_of_true_volumes_that_they_claim(cases: int) -> None:
+    rng = np.random.default_rng(0)
+    held = []
+    for _ in range(4000):
+        true = rng.lognormal(7, 0.5, cases + 1)
+        found = true * rng.lognormal(0, 0.1, cases + 1)
+        (error,) = volume_error(found[1:, None], true[1:, None])
+        low, high = volume_interval(found[:1], error)
+        held.append(low <= true[0] <= high)
+    assert np.mean(held) == pytest.approx(0.95, abs=0.012)
+
+
+def test_what_samples_leave_open_widens_an_interval() -> None:
+    samples = np.exp([6.0, 7.0, 8.0]) - 1
+    assert np.log1p(volume_interval(samples, 0.0)) == pytest.approx([7 - 1.96, 7 + 1.96], abs=1e-3)
+    assert np.log1p(volume_interval(samples, 2.0)) == pytest.approx([7 - 1.96 * 5**0.5, 7 + 1.96 * 5**0.5], abs=1e-3)
+    assert volume_interval(np.zeros(3), 0.5)[0] == 0
+
+
+def test_only_structures_that_cases_have_are_measured() -> None:
+    true, found = np.array([[0.0, 99, 0], [0, 0, 0]]), np.array([[0.0, 99, 9], [0, 0, 0]])
+    none, right, wrong = volume_error(found, true)
+    assert none == right == 0 and wrong == pytest.approx(math.log(10) * 12.7062 / 1.95996, abs=1e-3)
 
 
 def test_interval_score_is_width_and_penalty_and_best_for_the_true_quantiles() -> None:
@@ -208,8 +239,6 @@ def test_broken_intervals_are_refused() -> None:
     for intervals, truths in (([], []), ([(0.0, 1.0)], [0.5, 0.6])):
         with pytest.raises(GenMedError, match="at least one"):
             interval_score(intervals, truths)
-    with pytest.raises(GenMedError, match="at least 1"):
-        attainable_coverage(0)
 
 
 # Warnings -------------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -240,6 +241,30 @@ def test_samples_give_volume_intervals_and_probabilities(model: Model) -> None:
     assert result.probabilities is not None
     np.testing.assert_allclose(result.probabilities.data.sum(axis=0), 1, atol=1e-4)
     assert segment(model, scan(), mode="joint", samples=2).volume_ml == {}
+
+
+def test_one_evaluation_of_a_complete_scan_has_the_intervals_that_tuning_cases_gave(model: Model) -> None:
+    image = scan((12, 12, 12), np.eye(4))
+    known = replace(model, plan=replace(PLAN, volume_error=(0.2, 0.0)))
+    result = segment(known, image, mode="conditional", match="none")
+    assert set(result.volume_ml) == {"front"}  # no case had the other
+    ml = int((result.labels.data == 1).sum()) / 1000
+    assert result.volume_ml["front"].mean == pytest.approx(ml)
+    assert result.volume_ml["front"].high == pytest.approx(ml * math.exp(1.96 * 0.2), rel=0.02)
+    assert segment(model, image, mode="conditional", match="none").volume_ml == {}
+    assert segment(known, image, mode="joint", match="none", samples=1).volume_ml == {}
+    coarse = scan((6, 6, 6), np.diag([2.0, 2, 2, 1]))
+    assert segment(known, coarse, mode="conditional", match="none").volume_ml == {}
+
+
+@pytest.mark.parametrize("grid", ["input", "model"])
+def test_a_temperature_changes_probabilities_but_no_label(model: Model, grid: str) -> None:
+    softer = replace(model, plan=replace(PLAN, temperature=2.0))
+    plain, soft = (segment(one, scan(), mode="conditional", match="none", grid=grid) for one in (model, softer))
+    np.testing.assert_array_equal(plain.labels.data, soft.labels.data)
+    assert plain.probabilities is not None and soft.probabilities is not None
+    roots = np.sqrt(plain.probabilities.data)
+    np.testing.assert_allclose(soft.probabilities.data, roots / roots.sum(axis=0), atol=1e-5)
 
 
 def test_steering_the_image_alone_gives_another_pair(model: Model) -> None:

@@ -9,12 +9,15 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file
 
 from genmed import train as training
+from genmed.calibration import volume_error
 from genmed.data.dataset import read_dataset
 from genmed.data.split import Split
+from genmed.denoiser import build
 from genmed.errors import GenMedError
 from genmed.hub import load
 from genmed.train import CHECKPOINT, draw_batch, load_scans, make_plan, rate_at, train
@@ -185,6 +188,23 @@ def test_a_coarser_grid_keeps_the_field_of_view(dataset: Path) -> None:
     assert coarse.spacing_mm == (2.0, 2.0, 2.0)
     for old, new, multiple in zip(fine.patch, coarse.patch, coarse.patch_multiple, strict=True):
         assert old <= 2 * new < old + 2 * multiple
+
+
+def test_temperature_and_volume_errors_are_those_of_the_tuning_cases() -> None:
+    plan, generator = tiny.PLAN, torch.Generator().manual_seed(0)
+    model = build(plan).eval()
+    image = torch.randn(1, *plan.patch, generator=generator)
+    model.outputs = lambda z, sigma: {  # type: ignore[method-assign]
+        "image": z[:, :1], "label": 6 * torch.cat([z[:, :1], -z[:, :1], 0 * z[:, :1]], dim=1)
+    }  # fmt: skip
+    soft = (model.outputs(image[None], None)["label"] / 2).softmax(dim=1)[0]  # half as sure as it says
+    label = torch.multinomial(soft.flatten(1).T, 1, generator=generator).reshape(plan.patch)
+    found = training.measured(plan, model, [(image, label)])
+    assert found.temperature == pytest.approx(2, rel=0.1)
+    counts = torch.stack([(image[0] < 0).sum(), torch.tensor(0)]), torch.bincount(label.flatten())[1:]
+    assert found.volume_error == pytest.approx(volume_error(*(count[None].numpy() for count in counts)))
+    assert len(found.typical) == 2 * (1 + len(plan.labels) + 9)
+    assert training.measured(plan, model, []) == plan
 
 
 def test_learning_rate_warms_up_and_ends_at_zero() -> None:

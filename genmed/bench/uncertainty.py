@@ -24,7 +24,6 @@ from genmed.bench.kept import read_rows, write_rows
 from genmed.bench.tables import CONFIRMED, NOISE_50, Input, change
 from genmed.calibration import (
     Reliability,
-    attainable_coverage,
     coverage,
     ece,
     ece_interval,
@@ -287,13 +286,11 @@ def report(findings: Findings, people: Mapping[str, str], samples: int) -> str:
         f"{len(people)} cases of {len(set(people.values()))} persons, {samples} samples each. Calibration error: ECE "
         f"with {BINS} bins, of the most probable class (first table) or of the structure's probability (second), over "
         f"voxels within {NEAR_MM:g} mm (or a voxel, where that is larger) of a true or found boundary and over all; in "
-        "brackets the 95 % bootstrap "
-        "interval, whole persons resampled. Coverage: share of true volumes in the interval [Wilson 95 % interval, "
-        f"every volume taken as independent]; {samples} perfect samples would reach at most "
-        f"{attainable_coverage(samples):.0%}. Width and interval score: means; less is better. Plain surprise: of "
-        "interpolation with one evaluation; surprise, residual and doubtful: of the result. Medians, and how many were "
-        "doubtful; AUC: chance that the value of a scan exceeds that of a clean one, ties counted half [bootstrap by "
-        "person].",
+        "brackets the 95 % bootstrap interval, whole persons resampled. Coverage: share of true volumes in the "
+        "interval [Wilson 95 % interval, every volume taken as independent]. Width and interval score: means; less is "
+        "better. Plain surprise: of interpolation with one evaluation; surprise, residual and doubtful: of the result. "
+        "Medians, and how many were doubtful; AUC: chance that the value of a scan exceeds that of a clean one, ties "
+        "counted half [bootstrap by person].",
     ]
     return "\n".join(lines) + "\n"
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
+from genmed.calibration import tempered
 from genmed.comparison import slice_corners
 from genmed.cue import cue_of_labels
 from genmed.errors import GenMedError
@@ -121,8 +122,8 @@ def complete_all(
     progress: Progress | None = None,
 ) -> Chained:
     """The second half of `chain`, of a segmentation on the working grid; `progress` goes on from 0.5."""
-    soft = found.probabilities
-    assert soft is not None
+    assert found.probabilities is not None
+    soft = found.probabilities.like(tempered(found.probabilities.data, 1 / plan.temperature), {})  # as `TRUST` means it
     space = Space.fit(scan.grid, plan.spacing_mm, slice_axis_last=plan.thick_slices, roi_mm=roi_mm)
     seen = np.ones(space.model.shape, bool)
     if observed is not None:

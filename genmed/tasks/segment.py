@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from genmed import match as matches
+from genmed.calibration import tempered, volume_interval
 from genmed.denoiser import Denoiser, fast_arithmetic
 from genmed.errors import GenMedError
 from genmed.fields import Fields, probabilities
@@ -22,7 +23,7 @@ from genmed.hub import Model
 from genmed.observe import Observation
 from genmed.plan import Plan
 from genmed.samplers import Denoise, euler, heun, noise, schedule, seeded, time_travel
-from genmed.space import Intensity, Space
+from genmed.space import Intensity
 from genmed.surprise import DRAWS, LIMIT, features, surprise, typical_histogram
 from genmed.tasks.view import SMALLEST_EXTENT, View, seen_slices
 from genmed.tiles import tiled, tiled_logits
@@ -63,7 +64,7 @@ Progress = Callable[[float], None]
 
 
 class Interval(NamedTuple):
-    """Mean and central 95 % interval over samples."""
+    """Mean over samples and 95 % interval."""
 
     mean: float
     low: float
@@ -74,16 +75,17 @@ class Interval(NamedTuple):
 class Segmentation:
     """What `segment` found.
 
-    `volume_ml` holds an interval for every structure if there were `FEWEST_SAMPLES`. `residual` is the
-    root mean square of what the guided samples do not explain of the observation, in units of its noise; it is 0
-    in conditional mode, which takes the image as exact. `surprise` says how far the pair of image and label is
-    from clean cases, in standard deviations over these (None for a model that has not measured them).
-    `observed_share` is the share of the found structures that was observed, on the working grid (of the field of view,
-    where nothing was found). `extent_share` is the share of the field of view seen in training that the scan covers
-    along the axis with the least of it. `doubts` judges all four. `slice_thickness_mm` is what slices were taken to
-    average, `widened` tells that unseen tissue was restored round a small field of view. `observed` is the mask of what
-    was looked at, on the scan's grid (None: everything), `notes` says what was assumed of the scan. `convincing` is the
-    surprise up to which the result stands: half of the usual if another explanation than the usual one was kept.
+    `volume_ml` holds an interval for every structure if there were `FEWEST_SAMPLES`, or one evaluation of a
+    complete scan by a model whose plan has a `volume_error`. `residual` is the root mean square of what the guided
+    samples do not explain of the observation, in units of its noise; it is 0 in conditional mode, which takes the
+    image as exact. `surprise` says how far the pair of image and label is from clean cases, in standard deviations
+    over these (None for a model that has not measured them). `observed_share` is the share of the found structures
+    that was observed, on the working grid (of the field of view, where nothing was found). `extent_share` is the
+    share of the field of view seen in training that the scan covers along the axis with the least of it. `doubts`
+    judges all four. `slice_thickness_mm` is what slices were taken to average, `widened` tells that unseen tissue
+    was restored round a small field of view. `observed` is the mask of what was looked at, on the scan's grid
+    (None: everything), `notes` says what was assumed of the scan. `convincing` is the surprise up to which the
+    result stands: half of the usual if another explanation than the usual one was kept.
     """
 
     labels: Volume
@@ -517,17 +519,18 @@ def _result(plan: Plan, scan: Volume, found: Found, *, grid: str, seed: int, sec
     if grid == "input":
         classes = space.labels_to_input(mean)
         labels = scan.like(values[classes][None], names)
-        chances = scan.like(space.to_input(mean), {}) if mean[0].size <= TILED_ABOVE else None
+        is_small = mean[0].size <= TILED_ABOVE
+        chances = scan.like(tempered(space.to_input(mean), plan.temperature), {}) if is_small else None
     else:
         working = Volume(data=np.zeros((1, *space.model.shape), np.uint8), affine=space.model.affine)
         labels = working.like(values[mean.argmax(axis=0)][None], names)
-        chances = working.like(mean, {})
+        chances = working.like(tempered(mean, plan.temperature), {})
     restored = None
     if found.mode != "conditional":
         image = view.intensity.restore(found.image.mean(dim=0).numpy())
         restored = Volume(data=image.astype(np.float32), affine=space.model.affine)
     return Segmentation(
-        labels=labels, probabilities=chances, volume_ml=_volumes(plan, space, soft), residual=found.residual,
+        labels=labels, probabilities=chances, volume_ml=_volumes(plan, found), residual=found.residual,
         surprise=found.surprise, mode=found.mode, match=found.match, slice_thickness_mm=view.slice_thickness_mm,
         widened=view.widened, observed_share=observed_share(view, mean), extent_share=view.extent_share,
         seconds=seconds, seed=seed, image=restored, convincing=found.convincing,
@@ -543,15 +546,16 @@ def observed_share(view: View, soft: Float[np.ndarray, "k x y z"]) -> float:
     return float(covered[inside].mean() if inside.any() else covered.mean())
 
 
-def _volumes(plan: Plan, space: Space, soft: Float[Tensor, "s k x y z"]) -> dict[str, Interval]:
-    """Volume of every structure over the samples, each counted in its own label map."""
-    if len(soft) < FEWEST_SAMPLES:
-        return {}
-    voxel_ml = float(np.prod(space.model.spacing_mm)) / 1000
-    classes = soft.argmax(dim=1)
+def _volumes(plan: Plan, found: Found) -> dict[str, Interval]:
+    """Volume of every structure on the working grid, each sample counted in its own label map."""
+    voxel_ml = float(np.prod(found.view.space.model.spacing_mm)) / 1000
+    classes = found.soft.argmax(dim=1)
+    at_once = len(classes) == 1 and found.mode == "conditional" and found.view.complete
     result = {}
     for number, name in enumerate(plan.labels[1:], start=1):
-        volumes = (classes == number).sum(dim=(1, 2, 3)).double().numpy() * voxel_ml
-        low, high = np.quantile(volumes, [0.025, 0.975])
-        result[name] = Interval(float(volumes.mean()), float(low), float(high))
+        error = plan.volume_error[number - 1] if plan.volume_error else 0.0
+        if len(classes) >= FEWEST_SAMPLES or (at_once and error):
+            voxels = (classes == number).sum(dim=(1, 2, 3)).double().numpy()
+            low, high = volume_interval(voxels, error)
+            result[name] = Interval(*(float(count) * voxel_ml for count in (voxels.mean(), low, high)))
     return result
