@@ -278,15 +278,15 @@ def test_groups_file_says_who_is_whom(world: Lab, tmp_path: Path) -> None:
 def row(input: str, method: str, case: str, dice: float, key: str = "k", hd95_mm: float = 1.0, **how: Any) -> Row:
     scores = {"front": Scores(dice, hd95_mm, 0.9), "back": Scores(dice - 0.2, 2.0, 0.7)}
     usual: dict[str, Any] = {
-        "mode": "conditional", "match": "none", "residual": None, "surprise": None, "slice_thickness_mm": None
+        "mode": "conditional", "match": "none", "residual": None, "surprise": None, "slice_thickness_mm": None,
+        "doubtful": None,
     }  # fmt: skip
     return Row("report", input, method, case, key, scores, 1 / 3, **(usual | how))
 
 
-def test_doubtful_is_what_segment_warns_of() -> None:
-    fine = {"surprise": 3.9, "residual": 4.9}
-    how = [{"surprise": 4.1}, {"residual": 5.1}, {"residual": 5.1, "match": "mi"}, fine, {}]
-    rows = [row("clean", "genmed", f"c{k}", 0.5, **each) for k, each in enumerate(how)]
+def test_the_table_counts_what_segment_warned_of() -> None:
+    warned = (True, False, True, None, None)
+    rows = [row("clean", "genmed", f"c{k}", 0.5, doubtful=each) for k, each in enumerate(warned)]
     text = segmentation.choice_table({r.place: r for r in rows}, [Input("clean")], ["genmed"])
     assert "| 2 of 5 |" in text
 
@@ -294,7 +294,8 @@ def test_doubtful_is_what_segment_warns_of() -> None:
 def test_rows_survive_the_disk_to_the_last_digit(tmp_path: Path) -> None:
     path = tmp_path / "cases.csv"
     rows = [
-        row("clean", "genmed", "a", 1 / 3, residual=0.1, surprise=-2 / 7, slice_thickness_mm=2.0),
+        row("clean", "genmed", "a", 1 / 3, residual=0.1, surprise=-2 / 7, slice_thickness_mm=2.0, doubtful=True),
+        row("clean", "genmed", "b", 1 / 3, doubtful=False),
         row('4 mm slices, "gaps"', "dynunet", "b", 0.9, hd95_mm=float("inf"), mode="", match=""),
     ]
     assert read_rows(path, ["front", "back"]) == {}

@@ -22,7 +22,6 @@ from tiny import PLAN as BASE
 
 from genmed import hub, text
 from genmed.bench import chain as bench
-from genmed.calibration import tempered
 from genmed.denoiser import build
 from genmed.errors import GenMedError
 from genmed.hub import Model
@@ -77,7 +76,7 @@ def segmented(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         stone[30:33, 30:33, 30:33] = True
         soft = np.stack([~(inside | stone), inside, stone]).astype(np.float32)
         return Segmentation(
-            labels=scan, probabilities=Volume(soft, AFFINE), residual=0.0, mode=chosen["mode"], match="none",
+            labels=scan, soft=Volume(soft, AFFINE), residual=0.0, mode=chosen["mode"], match="none",
             volume_ml={"kidney": Interval(1, 1, 1), "stone": Interval(2, 2, 2)}, seconds=0.1, seed=seed, image=None,
             observed=observed,
         )  # fmt: skip
@@ -132,25 +131,6 @@ def test_the_chain_completes_known_labels_and_leaves_others(shapes: ShapeModel, 
     assert chances is not None
     np.testing.assert_allclose(chances.data.sum(axis=0), 1, atol=1e-5)
     assert segmented["asked"] == {"grid": "model", "match": "none", "progress": None}
-
-
-def test_the_chain_trusts_what_the_network_says_not_its_calibrated_probabilities(
-    shapes: ShapeModel, segmented: dict[str, Any]
-) -> None:
-    observed = Volume(few_slices()[None].astype(np.uint8), AFFINE)
-    found = task.segment(SEGMENTER, scan(), observed=observed, seed=0)
-    assert found.probabilities is not None
-    unsure = 0.92 * found.probabilities.data + 0.04
-    results = []
-    for temperature in (1.0, 2.0):
-        soft = found.probabilities.like(tempered(unsure / unsure.sum(axis=0), temperature))
-        result = replace(found, probabilities=soft)
-        plan = replace(PLAN, temperature=temperature)
-        structures, _ = task.structures_of(plan, shapes, None, None)
-        results.append(task.complete_all(shapes, plan, scan(), result, structures, shapes=1, observed=observed))
-    first, second = (one.segmentation.labels.data for one in results)
-    np.testing.assert_array_equal(first, second)
-    assert len({one.completed["kidney"]["residual_mm"] for one in results}) == 1
 
 
 def test_guided_segmentations_have_a_say_where_nothing_was_seen(shapes: ShapeModel, segmented: dict[str, Any]) -> None:
@@ -360,7 +340,7 @@ def test_a_page_of_nothing_is_refused_and_nothing_is_written(
     def segment(model: Model, scan: Volume, **asked: Any) -> Segmentation:
         soft = np.stack([np.ones((36, 36, 36)), *np.zeros((2, 36, 36, 36))]).astype(np.float32)
         return Segmentation(
-            labels=scan, probabilities=Volume(soft, AFFINE), residual=0.0, mode="conditional", match="none",
+            labels=scan, soft=Volume(soft, AFFINE), residual=0.0, mode="conditional", match="none",
             volume_ml={}, seconds=0.1, seed=0, image=None,
         )  # fmt: skip
 

@@ -52,7 +52,7 @@ class FakeSegment:
         names = dict(zip(PLAN.label_values, PLAN.labels, strict=True))
         return Segmentation(
             labels=scan.like(labels, names),
-            probabilities=scan.like(hot),
+            soft=scan.like(hot),
             volume_ml={"front": Interval(0.5, 0.25, 0.75)},  # type: ignore[dict-item]
             residual=1.5,
             mode="conditional",

@@ -110,7 +110,7 @@ class Arena:
             self.completer, plan, worse.scan, guided, structures, grid="model", observed=worse.observed
         )
         found = {INTERPOLATED: plain, GUIDED: guided, CHAIN: chained.segmentation}
-        return {method: score(result.probabilities) for method, result in found.items()}
+        return {method: score(result.soft) for method, result in found.items()}
 
     def _of_mask(self, row: Input, case: str) -> dict[str, float]:
         item = self.kidneys[case]

@@ -51,8 +51,6 @@ from genmed.surprise import LIMIT
 from genmed.tasks.segment import (
     CONVINCING,
     FLEXIBLE_SAMPLES,
-    NOT_OF_VOXELS,
-    RESIDUAL_LIMIT,
     SAMPLES,
     START_SIGMA,
     STEPS,
@@ -85,6 +83,7 @@ class Prediction(NamedTuple):
     residual: float | None = None
     surprise: float | None = None
     slice_thickness_mm: float | None = None
+    doubtful: bool | None = None
 
 
 class Row(NamedTuple):
@@ -102,6 +101,7 @@ class Row(NamedTuple):
     residual: float | None
     surprise: float | None
     slice_thickness_mm: float | None
+    doubtful: bool | None
 
     @property
     def place(self) -> tuple[str, str, str]:
@@ -299,9 +299,9 @@ def load_ours(folder: Path, mode: str) -> Trained:
 
     def predict(worse: Degraded) -> Prediction:
         found = segment(model, worse.scan, mode=mode, grid="model", **worse.options)
-        assert found.probabilities is not None
-        how = found.mode, found.match, found.residual, found.surprise, found.slice_thickness_mm
-        return Prediction(found.probabilities, *how)
+        assert found.soft is not None
+        how = found.mode, found.match, found.residual, found.surprise, found.slice_thickness_mm, found.doubtful
+        return Prediction(found.soft, *how)
 
     limits = {"limit": LIMIT, "convincing": CONVINCING}
     samples = {"samples": SAMPLES, "flexible samples": FLEXIBLE_SAMPLES}
@@ -431,7 +431,7 @@ def evaluate(
         found, scores, seconds = examine(networks[name, row], wanted[row][0], id, by_name[row])
         rows[place] = Row(
             part, *place, keys[place], scores, seconds, found.mode, found.match,
-            found.residual, found.surprise, found.slice_thickness_mm,
+            found.residual, found.surprise, found.slice_thickness_mm, found.doubtful,
         )  # fmt: skip
         write_rows(out / CASES, structures, rows.values())
     return {place: rows[place] for place in keys}
@@ -467,15 +467,19 @@ def read_rows(path: Path, structures: Sequence[str]) -> Rows:
 def _cells(row: Row) -> list[Any]:
     means = [float(np.mean(values)) for values in zip(*row.scores.values(), strict=True)]
     each = [value for scores in row.scores.values() for value in scores]
-    return [*row[:5], *means, *each, *("" if value is None else value for value in row[6:])]
+    return [*row[:5], *means, *each, *("" if value is None else value for value in row[6:-1]), _flag(row)]
+
+
+def _flag(row: Row) -> str:
+    return "" if row.doubtful is None else str(int(row.doubtful))
 
 
 def _row(entries: Mapping[str, str], structures: Sequence[str]) -> Row:
     scores = {name: Scores(*(float(entries[f"{metric} {name}"]) for metric in Scores._fields)) for name in structures}
     part, input, method, case, key, mode, match = (entries[name] for name in (*Row._fields[:5], "mode", "match"))
-    residual, surprise, thickness = (float(entries[name]) if entries[name] else None for name in Row._fields[9:])
-    seconds = float(entries["seconds"])
-    return Row(part, input, method, case, key, scores, seconds, mode, match, residual, surprise, thickness)
+    residual, surprise, thickness = (float(entries[name]) if entries[name] else None for name in Row._fields[9:12])
+    seconds, doubtful = float(entries["seconds"]), entries["doubtful"] == "1" if entries["doubtful"] else None
+    return Row(part, input, method, case, key, scores, seconds, mode, match, residual, surprise, thickness, doubtful)
 
 
 # The report -----------------------------------------------------------------------------------------------
@@ -638,19 +642,12 @@ def choice_table(rows: Rows, inputs: Sequence[Input], columns: Sequence[str]) ->
             chosen = Counter(f"{row.mode}, match {row.match}" if row.match else row.mode for row in mine)
             how = "; ".join(f"{name}: {count}" for name, count in chosen.most_common())
             residual = np.median([row.residual or 0.0 for row in mine])
-            doubtful = sum(_doubtful(row) for row in mine)
+            doubtful = sum(bool(row.doubtful) for row in mine)
             seconds = np.mean([row.seconds for row in mine])
             cells = f"{residual:.3g} | {doubtful} of {len(mine)} | {seconds:.1f}"
             lines.append(f"| {input.name} | {METHODS[method].title} | {how} | {cells} |")
-    limits = f"surprise above {LIMIT:g} or residual above {RESIDUAL_LIMIT:g}"
-    lines += ["", f"Residual: median. Doubtful: {limits}, of which `segment` warns."]
+    lines += ["", "Residual: median. Doubtful: of these `segment` warns."]
     return "\n".join(lines) + "\n"
-
-
-def _doubtful(row: Row) -> bool:
-    """Whether `segment` warned, but for structures that were hardly observed."""
-    surprising = row.surprise is not None and row.surprise > LIMIT
-    return surprising or (row.match not in NOT_OF_VOXELS and (row.residual or 0.0) > RESIDUAL_LIMIT)
 
 
 def draw(

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from genmed.calibration import tempered
 from genmed.comparison import slice_corners
 from genmed.cue import cue_of_labels
 from genmed.errors import GenMedError
@@ -122,8 +121,8 @@ def complete_all(
     progress: Progress | None = None,
 ) -> Chained:
     """The second half of `chain`, of a segmentation on the working grid; `progress` goes on from 0.5."""
-    assert found.probabilities is not None
-    soft = found.probabilities.like(tempered(found.probabilities.data, 1 / plan.temperature), {})  # as `TRUST` means it
+    soft = found.soft
+    assert soft is not None
     space = Space.fit(scan.grid, plan.spacing_mm, slice_axis_last=plan.thick_slices, roi_mm=roi_mm)
     seen = np.ones(space.model.shape, bool)
     if observed is not None:
@@ -160,7 +159,7 @@ def complete_all(
     else:
         like, classes = Volume(np.zeros((1, *target.shape), np.uint8), target.affine), whole.argmax(axis=0)
     labels = like.like(values[classes][None], names)
-    result = replace(found, labels=labels, probabilities=like.like(whole, {}), volume_ml=volumes)
+    result = replace(found, labels=labels, soft=like.like(whole, {}), temperature=1.0, volume_ml=volumes)
     return Chained(result, found, facts, tuple(notes))
 
 

@@ -75,21 +75,22 @@ class Interval(NamedTuple):
 class Segmentation:
     """What `segment` found.
 
-    `volume_ml` holds an interval for every structure if there were `FEWEST_SAMPLES`, or one evaluation of a
-    complete scan by a model whose plan has a `volume_error`. `residual` is the root mean square of what the guided
-    samples do not explain of the observation, in units of its noise; it is 0 in conditional mode, which takes the
-    image as exact. `surprise` says how far the pair of image and label is from clean cases, in standard deviations
-    over these (None for a model that has not measured them). `observed_share` is the share of the found structures
-    that was observed, on the working grid (of the field of view, where nothing was found). `extent_share` is the
-    share of the field of view seen in training that the scan covers along the axis with the least of it. `doubts`
-    judges all four. `slice_thickness_mm` is what slices were taken to average, `widened` tells that unseen tissue
-    was restored round a small field of view. `observed` is the mask of what was looked at, on the scan's grid
-    (None: everything), `notes` says what was assumed of the scan. `convincing` is the surprise up to which the
-    result stands: half of the usual if another explanation than the usual one was kept.
+    `soft` are the class probabilities as the network gave them, of which `labels` are made. `volume_ml` holds an
+    interval for every structure if there were `FEWEST_SAMPLES`, or one evaluation of a complete scan by a model whose
+    plan has a `volume_error`. `residual` is the root mean square of what the guided samples do not explain of the
+    observation, in units of its noise; it is 0 in conditional mode, which takes the image as exact. `surprise` says
+    how far the pair of image and label is from clean cases, in standard deviations over these (None for a model that
+    has not measured them). `observed_share` is the share of the found structures that was observed, on the working
+    grid (of the field of view, where nothing was found). `extent_share` is the share of the field of view seen in
+    training that the scan covers along the axis with the least of it. `doubts` judges all four. `slice_thickness_mm`
+    is what slices were taken to average, `widened` tells that unseen tissue was restored round a small field of view.
+    `observed` is the mask of what was looked at, on the scan's grid (None: everything), `notes` says what was assumed
+    of the scan. `convincing` is the surprise up to which the result stands: half of the usual if another explanation
+    than the usual one was kept.
     """
 
     labels: Volume
-    probabilities: Volume | None
+    soft: Volume | None
     volume_ml: dict[str, Interval]
     residual: float
     mode: str
@@ -105,6 +106,12 @@ class Segmentation:
     observed: Volume | None = None
     notes: tuple[str, ...] = ()
     convincing: float = LIMIT
+    temperature: float = 1.0
+
+    @property
+    def probabilities(self) -> Volume | None:
+        """Class probabilities, calibrated on tuning cases (`genmed.calibration.tempered`); None for a large scan."""
+        return self.soft and self.soft.like(tempered(self.soft.data, self.temperature), {})
 
     @property
     def doubts(self) -> tuple[str, ...]:
@@ -519,21 +526,20 @@ def _result(plan: Plan, scan: Volume, found: Found, *, grid: str, seed: int, sec
     if grid == "input":
         classes = space.labels_to_input(mean)
         labels = scan.like(values[classes][None], names)
-        is_small = mean[0].size <= TILED_ABOVE
-        chances = scan.like(tempered(space.to_input(mean), plan.temperature), {}) if is_small else None
+        chances = scan.like(space.to_input(mean), {}) if mean[0].size <= TILED_ABOVE else None
     else:
         working = Volume(data=np.zeros((1, *space.model.shape), np.uint8), affine=space.model.affine)
         labels = working.like(values[mean.argmax(axis=0)][None], names)
-        chances = working.like(tempered(mean, plan.temperature), {})
+        chances = working.like(mean, {})
     restored = None
     if found.mode != "conditional":
         image = view.intensity.restore(found.image.mean(dim=0).numpy())
         restored = Volume(data=image.astype(np.float32), affine=space.model.affine)
     return Segmentation(
-        labels=labels, probabilities=chances, volume_ml=_volumes(plan, found), residual=found.residual,
+        labels=labels, soft=chances, volume_ml=_volumes(plan, found), residual=found.residual,
         surprise=found.surprise, mode=found.mode, match=found.match, slice_thickness_mm=view.slice_thickness_mm,
         widened=view.widened, observed_share=observed_share(view, mean), extent_share=view.extent_share,
-        seconds=seconds, seed=seed, image=restored, convincing=found.convincing,
+        seconds=seconds, seed=seed, image=restored, convincing=found.convincing, temperature=plan.temperature,
     )  # fmt: skip
 
 
