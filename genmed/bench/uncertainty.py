@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 from pathlib import Path
+from textwrap import fill
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -391,7 +392,7 @@ def _draw_panel(axes: Any, title: str, curves: Mapping[str, Reliability]) -> Non
         shown = found.count > 0.005 * found.count.sum()
         style = {"color": "black", "linewidth": 1.8} if name == ALL else {"linewidth": 1.2}
         axes.plot(found.confidence[shown], found.accuracy[shown], marker=".", label=name, **style)
-    axes.set_title(f"{title}\nerror {ece(curves[ALL]):.3f} near boundaries", fontsize=9)
+    axes.set_title(f"{fill(title, 36)}\nerror {ece(curves[ALL]):.3f} near boundaries", fontsize=9)
     axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
 
 
