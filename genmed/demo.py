@@ -370,7 +370,8 @@ _NOTES = (
     "gets worse, not how right it is. Scores on real scans are in the model's card: genmed models info.",
     "The poor images are made from the good one exactly as the model assumes: plain averages, no noise, no "
     f"motion. Intervals and probabilities come from {SAMPLES} samples and are calibrated on scans of people, "
-    "which this average is not. Restored images are plausible, not true: what was not seen may be different in reality.",
+    "which this average is not. Restored images are plausible, not true: what was not seen may be different in "
+    "reality.",
     "Not a medical device; not for diagnosis.",
 )
 

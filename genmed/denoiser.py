@@ -103,9 +103,9 @@ class Denoiser(nn.Module):
         return result
 
 
-def fastest_precision() -> str:
+def fastest_precision(device: str) -> str:
     """bf16 where the hardware multiplies it fast (recent GPUs, CPUs with AMX), else "no" mixed precision."""
-    if torch.cuda.is_available():
+    if device == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "no"
     amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     return "bf16" if amx() else "no"
@@ -113,7 +113,7 @@ def fastest_precision() -> str:
 
 def fast_arithmetic(device: str) -> torch.autocast:
     """Context in which networks compute in `fastest_precision`."""
-    return torch.autocast(device, torch.bfloat16, enabled=fastest_precision() == "bf16")
+    return torch.autocast(device, torch.bfloat16, enabled=fastest_precision(device) == "bf16")
 
 
 def build(plan: Plan) -> Denoiser:

@@ -20,7 +20,7 @@ def schedule(sigma_max: float, sigma_min: float, steps: int, rho: float = 7) -> 
 
 def seeded(seeds: Sequence[int], device: torch.device | str = "cpu") -> list[torch.Generator]:
     """One generator per sample, so that a sample does not depend on the rest of its batch."""
-    return [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    return [torch.Generator(device).manual_seed(seed % 2**62) for seed in seeds]
 
 
 def noise(like: Float[Tensor, " b *n"], generators: Sequence[torch.Generator]) -> Float[Tensor, " b *n"]:

@@ -30,7 +30,7 @@ from genmed.data.augment import STRONG, USUAL, random_patch
 from genmed.data.dataset import Dataset, read_dataset
 from genmed.data.fingerprint import fingerprint
 from genmed.data.fingerprint import plan as plan_from
-from genmed.data.split import Split, person, read_split, three_way, write_split
+from genmed.data.split import SPLIT, Split, person, read_split, three_way, write_split
 from genmed.denoiser import Denoiser, build, fast_arithmetic, fastest_precision
 from genmed.errors import GenMedError
 from genmed.hub import Card, load, save_model
@@ -65,7 +65,7 @@ def load_scan(dataset: Dataset, plan: Plan, id: str) -> Scan:
     case = dataset.case(id)
     if case.label is None:
         raise GenMedError(f"{dataset.folder}: case '{id}' has no label; leave it out of the training split.")
-    volume, label = read(case.images), read_labels(case.label)
+    volume, label = read(case.images, fourth_axis="channels"), read_labels(case.label)
     check_image(volume)
     require_same_grid(volume, label)
     space = Space.fit(volume.grid, plan.spacing_mm, slice_axis_last=plan.thick_slices)
@@ -159,7 +159,8 @@ def fit(
     Returns:
         The network with averaged weights and the minutes that the training took in all; `time_spent` knows more.
     """
-    accelerator = Accelerator(mixed_precision=mixed_precision or fastest_precision())
+    fastest = fastest_precision("cuda" if torch.cuda.is_available() else "cpu")
+    accelerator = Accelerator(mixed_precision=mixed_precision or fastest)
     average = _Average(objective.model)  # type: ignore[arg-type]
     optimiser = torch.optim.AdamW(objective.parameters(), lr=learning_rate, betas=(0.9, 0.99))
     for network in (objective, average.model):
@@ -170,7 +171,7 @@ def fit(
     wrapped, optimiser = accelerator.prepare(objective, optimiser)
     chief = accelerator.is_main_process
     validate_every = min(VALIDATE_EVERY_MINUTES, max_minutes / 4 if max_minutes else math.inf)
-    log = _Log(folder) if chief else None
+    log = _Log(folder, resume) if chief else None
     started = _clocks(clock)
     saved = validated = minutes = before.minutes
     step = first
@@ -223,6 +224,8 @@ def fit(
             save()
     if log and validate:
         judge(log, validate)
+    if log:
+        log.writer.close()
     return average.model, minutes
 
 
@@ -338,11 +341,13 @@ def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 class _Log:
     """Scalars and pictures for tensorboard, and the validation curve as JSON lines."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, resume: bool) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(folder / "log"))
         self.curve = folder / "curve.jsonl"
+        if not resume:
+            self.curve.unlink(missing_ok=True)
         self.smooth: dict[str, float] = {}
         self.latest = ""
 
@@ -424,10 +429,16 @@ def train(
         clock: that `max_minutes` is counted by; `fair_minutes` for comparisons on a busy machine.
     """
     out = Path(out)
+    if max_minutes is not None and not max_minutes > 0:
+        raise GenMedError(f"--max-minutes {max_minutes:g}: must be above 0.")
     dataset = read_dataset(folder)
     state = PartialState()
+    if split is None and resume and (out / SPLIT).exists():
+        split = out / SPLIT  # who is in which part stays, whatever was added to the data since
     with state.main_process_first():
         parts = read_split(split, dataset.ids) if split else _draw_split(dataset, out, seed)
+    if not (parts.train and parts.tune):
+        raise GenMedError(f"{split or folder}: has no case to train or none to tune on; give a split with both.")
     parts = few_shot(parts, cases, draw)
     plan = make_plan(dataset, parts, out.name, preset, spacing, steps, seed, augmentation, cases or 0, draw)
     scans, tune = load_scans(dataset, plan, parts.train), load_scans(dataset, plan, parts.tune)
@@ -509,11 +520,11 @@ def few_shot(parts: Split, cases: int | None, draw: int = 0) -> Split:
 
 
 def _draw_split(dataset: Dataset, out: Path, seed: int) -> Split:
-    subjects = {id: person(dataset.name, id) for id in dataset.ids}
+    subjects = {case.id: person(dataset.name, case.id) for case in dataset.cases if case.label is not None}
     parts = three_way(subjects, seed)
     split = Split(dataset.name, parts["train"], parts["tune"], parts["report"])
     if PartialState().is_main_process:
-        write_split(out / "split.json", split, subjects)
+        write_split(out / SPLIT, split, subjects)
     return split
 
 
@@ -568,7 +579,7 @@ def tune_dice(segment: Callable[[Tensor], Tensor], scans: Sequence[Scan], plan: 
         rows.append([_dice(found == c, label == c) for c in range(1, len(plan.labels))])
     means = torch.tensor(rows).nanmean(dim=0)
     scores = {name: round(float(mean), 4) for name, mean in zip(plan.labels[1:], means, strict=True)}
-    return {"dice": round(float(means.mean()), 4), **scores}
+    return {"dice": round(float(means.nanmean()), 4), **scores}
 
 
 @torch.no_grad()
@@ -578,8 +589,6 @@ def measured(plan: Plan, model: nn.Module, scans: Sequence[Scan]) -> Plan:
     `typical`, how well pairs of image and label are denoised, is what `genmed.surprise` compares with. `temperature` is
     that of `TEMPERATURES` with the least cross-entropy, `volume_error` how far the volumes are off.
     """
-    if not scans:
-        return plan
     device = next(model.parameters()).device
 
     def denoise(z: Tensor, sigma: float) -> Tensor:

@@ -330,6 +330,19 @@ def test_a_surface_is_cut_by_planes_in_mm(folder: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(middle, [200, -30, 70], atol=12)
 
 
+def test_a_surface_becomes_a_label_map_that_holds_it(folder: Path, tmp_path: Path) -> None:
+    radii = np.array(RADII["kidney"]) * EXTENT_MM["kidney"] / 2
+    mesh = ball(1.0)
+    save_mesh(Mesh(mesh.vertices * radii, mesh.faces), tmp_path / "part.stl")
+    for planes in (("--planes", "axial=5,coronal=-2.5"), ()):
+        out = tmp_path / f"out{len(planes)}.nii.gz"
+        result = genmed("complete", tmp_path / "part.stl", "--model", folder, "--out", out, "--samples", 1, *planes)
+        assert result.exit_code == 0, result.output
+        whole = read_labels(out)
+        ml = np.count_nonzero(whole.data) * np.prod(whole.spacing_mm) / 1000
+        assert ml == pytest.approx(4 / 3 * np.pi * np.prod(radii) / 1000, rel=0.4)
+
+
 def test_a_completion_lies_rightly_on_any_grid() -> None:
     n, voxel_mm, origin = 24, 2.0, np.array([10.0, -40.0, 5.0])
     middle = origin + voxel_mm * (n - 1) / 2

@@ -239,6 +239,23 @@ def test_outputs_never_overwrite_inputs(fake: FakeSegment, tmp_path: Path) -> No
     assert source.read_bytes() == content and names(tmp_path / "in") == {"head.nii.gz"}
 
 
+def test_outputs_never_overwrite_masks(fake: FakeSegment, tmp_path: Path) -> None:
+    source = write(tmp_path / "in" / "head.nii.gz", scan())
+    mask = write(tmp_path / "masks" / "head.nii.gz", np.ones(SHAPE, dtype=np.uint8))
+    content = mask.read_bytes()
+    for given, observed, out in ((source, mask, mask), (source.parent, mask.parent, mask.parent)):
+        with pytest.raises(GenMedError, match="overwrite"):
+            segment_files(MODEL, given, out, Options(observed=observed))
+    assert mask.read_bytes() == content and not fake.calls
+
+
+def test_a_plan_that_changed_makes_results_anew(fake: FakeSegment, tmp_path: Path) -> None:
+    source = write(tmp_path / "in" / "head.nii.gz", scan()).parent
+    for temperature, calls in ((1.0, 1), (1.0, 1), (2.0, 2)):
+        segment_files(replace(MODEL, plan=replace(MODEL.plan, temperature=temperature)), source, tmp_path / "out")
+        assert len(fake.calls) == calls
+
+
 def test_outputs_that_cannot_be_are_refused_before_any_work(fake: FakeSegment, ten: Path) -> None:
     (ten.parent / "file").write_text("")
     refused = {"seg.nii.gz": "one file for 10 cases", "seg.nrrd": r"seg\.nii\.gz", "file": "is a file"}

@@ -18,6 +18,7 @@ from genmed.cli import app
 from genmed.degrade import slice_profile
 from genmed.denoiser import Denoiser, build
 from genmed.errors import GenMedError
+from genmed.guide import Diverged
 from genmed.hub import Card, Model, save_model
 from genmed.space import Space, apply_matrices, overlap_matrix
 from genmed.surprise import LIMIT, histogram
@@ -252,6 +253,7 @@ def test_one_evaluation_of_a_complete_scan_has_the_intervals_that_tuning_cases_g
     assert result.volume_ml["front"].mean == pytest.approx(ml)
     assert result.volume_ml["front"].high == pytest.approx(ml * math.exp(1.96 * 0.2), rel=0.02)
     assert segment(model, image, mode="conditional", match="none").volume_ml == {}
+    assert segment(known, image, mode="conditional", match="none", samples=1).volume_ml == {}  # one that was drawn
     assert segment(known, image, mode="joint", match="none", samples=1).volume_ml == {}
     coarse = scan((6, 6, 6), np.diag([2.0, 2, 2, 1]))
     assert segment(known, coarse, mode="conditional", match="none").volume_ml == {}
@@ -663,6 +665,15 @@ def test_only_seen_voxels_are_equalised() -> None:
     assert torch.equal(one.y, two.y) and float(one.y[0, 0][~one.seen].abs().max()) == 0
 
 
+def test_a_background_of_one_value_bends_no_map_beyond_it() -> None:
+    image = scan((20, 20, 20), np.eye(4))
+    image.data[:, :8] = 0
+    image.data[:, 0, 0, :3] = -1  # ringing
+    for falling in (False, True):
+        found = View.of(PLAN, image).equalised(torch.linspace(-1.7, 1.4, 9)[None], falling=falling).image
+        assert float(found.abs().max()) < 20
+
+
 def test_a_flat_channel_is_equalised_to_something_finite() -> None:
     view = View.of(PLAN, scan())
     view.y[:] = 1.0
@@ -803,6 +814,35 @@ def test_auto_stops_at_what_convinces_and_else_keeps_the_best_layout(
     order = ["none", "affine", "curve"] if coarse else ["none", "rising", "falling", "curve"]
     assert matches == [*order, "widened"][:tried]
     assert ("widened" if result.widened else result.match, result.doubtful) == (kept, doubtful)
+
+
+def test_an_explanation_that_diverges_leaves_the_others(measured: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    from genmed.tasks import segment as module
+
+    infer = module.infer
+
+    def attempt(model: Model, view: View, mode: str, match: str, **options: Any) -> Found:
+        if mode != "conditional":
+            monkeypatch.setattr(module, "retry", diverge)
+        return infer(model, view, mode, match, **options)._replace(surprise=9.0)
+
+    def diverge(sample: object) -> None:
+        raise Diverged("at every step size")
+
+    monkeypatch.setattr(module, "infer", attempt)
+    result = segment(measured, scan())
+    assert result.mode == "conditional" and result.doubtful
+    with pytest.raises(GenMedError, match="diverged"):
+        segment(measured, scan(), mode="joint")
+
+
+def test_a_model_of_random_contrasts_tries_no_other(measured: Model) -> None:
+    strange = scan().like(scan().data ** 4)
+    usual = segment(measured, strange)
+    plan = replace(measured.plan, augmentation="randomised")
+    result = segment(replace(measured, plan=plan), strange)
+    assert (result.mode, result.match) == ("conditional", "none") != (usual.mode, usual.match)
+    assert result.surprise is not None and result.surprise > LIMIT and result.doubtful
 
 
 @pytest.mark.parametrize("hidden", ["nothing", "slices", "a block"])

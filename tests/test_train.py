@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -204,7 +205,53 @@ def test_temperature_and_volume_errors_are_those_of_the_tuning_cases() -> None:
     counts = torch.stack([(image[0] < 0).sum(), torch.tensor(0)]), torch.bincount(label.flatten())[1:]
     assert found.volume_error == pytest.approx(volume_error(*(count[None].numpy() for count in counts)))
     assert len(found.typical) == 2 * (1 + len(plan.labels) + 9)
-    assert training.measured(plan, model, []) == plan
+
+
+def test_a_resumed_training_keeps_its_parts_when_cases_are_added(dataset: Path, tmp_path: Path) -> None:
+    out = train(dataset, tmp_path / "model", preset="small", steps=1)
+    before = (out / "split.json").read_bytes()
+    entries = json.loads((dataset / "dataset.json").read_text())
+    for part in ("imagesTr", "labelsTr"):
+        shutil.copy(dataset / part / "box_001.nii.gz", dataset / part / "box_000.nii.gz")
+    entries["training"].insert(0, {"image": "./imagesTr/box_000.nii.gz", "label": "./labelsTr/box_000.nii.gz"})
+    (dataset / "dataset.json").write_text(json.dumps(entries))
+    train(dataset, out, preset="small", steps=2, resume=True)
+    assert (out / "split.json").read_bytes() == before
+
+
+def test_a_new_training_in_an_old_folder_has_a_curve_of_its_own(dataset: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        train(dataset, tmp_path / "model", preset="small", steps=1)
+    assert len((tmp_path / "model" / "curve.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_class_that_no_tuning_case_has_leaves_a_score_of_the_others() -> None:
+    label = torch.zeros(tiny.PLAN.patch, dtype=torch.uint8)
+    label[4:8] = 1
+    logits = torch.stack([label == 0, label == 1, label == 9]).float()[None]
+    scores = training.tune_dice(lambda image: logits, [(label[None].float(), label)], tiny.PLAN)
+    assert scores["dice"] == scores["front"] == 1
+
+
+def test_options_that_cannot_be_are_refused_before_any_work(dataset: Path, tmp_path: Path) -> None:
+    split = tmp_path / "split.json"
+    split.write_text(json.dumps({"dataset": "boxes", "train": ["box_001"], "tune": [], "report": []}))
+    wrong = {"--max-minutes -1": {"max_minutes": -1.0}, "--spacing 0": {"spacing": 0.0}, "tune on": {"split": split}}
+    for reason, options in wrong.items():
+        with pytest.raises(GenMedError, match=reason):
+            train(dataset, tmp_path / "model", preset="small", **options)  # type: ignore[arg-type]
+    assert not (tmp_path / "model" / CHECKPOINT).exists()
+
+
+def test_one_file_of_several_channels_is_trained_on(dataset: Path, tmp_path: Path) -> None:
+    entries = json.loads((dataset / "dataset.json").read_text())
+    entries["modality"] = {"0": "T1", "1": "T2"}
+    (dataset / "dataset.json").write_text(json.dumps(entries))
+    for path in (dataset / "imagesTr").iterdir():
+        image = nib.load(path)
+        nib.save(nib.Nifti1Image(np.stack([image.get_fdata()] * 2, axis=3).astype(np.float32), image.affine), path)
+    out = train(dataset, tmp_path / "model", preset="small", steps=1)
+    assert load(out).plan.channels == ("T1", "T2")
 
 
 def test_learning_rate_warms_up_and_ends_at_zero() -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from genmed.bench.tables import PREPARED, SETS, SPLIT, SPLITS
+from genmed.bench.tables import PREPARED, SETS, SPLITS
 from genmed.data.dataset import Dataset, read_dataset
 from genmed.data.shapes import ShapeDataset
-from genmed.data.split import Split, person, read_split, three_way, write_split
+from genmed.data.split import SPLIT, Split, person, read_split, three_way, write_split
 from genmed.errors import GenMedError
 
 HIPPOCAMPUS = SPLITS / "hippocampus.json"

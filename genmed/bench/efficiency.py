@@ -141,7 +141,7 @@ def measure(
         case = dataset.case(id)
         if case.label is None:
             raise GenMedError(f"case '{id}': has no label map to compare with; choose a labelled part.")
-        worse = HIPPOCAMPUS_INPUTS[name].degrade(read(case.images), id)
+        worse = HIPPOCAMPUS_INPUTS[name].degrade(read(case.images, fourth_axis="channels"), id)
         calls, score, seconds = examine(model, worse, read_labels(case.label), INPUTS[name], wanted[place])
         rows[place] = Row(*place, keys[place], calls, score, seconds)
         write_rows(out / ROWS, Row, rows.values())

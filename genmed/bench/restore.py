@@ -199,7 +199,7 @@ def evaluate(model: Model, dataset: Dataset, chosen: Sequence[str], samples: int
 def settings_key(model: Model, name: str, table: Table, samples: int) -> str:
     """`key_of` what decides the rows of an input besides the case."""
     changes = [str(change) for change in HIPPOCAMPUS_INPUTS[name].changes]
-    ours = model.sha256, samples, STEPS, TRAVELS
+    ours = model.sha256, list(model.plan.typical), samples, STEPS, TRAVELS
     return key_of(ours, changes, table.is_translation, list(table.peers), STRENGTHS)
 
 

@@ -33,14 +33,13 @@ from genmed.bench.tables import (
     PEERS,
     PLAIN,
     SETS,
-    SPLIT,
     TABLES,
     Input,
     Method,
     Table,
 )
 from genmed.data.dataset import Case, Dataset
-from genmed.data.split import PARTS
+from genmed.data.split import PARTS, SPLIT
 from genmed.degrade import Degraded
 from genmed.errors import GenMedError
 from genmed.files import sha256_of, write_bytes
@@ -310,6 +309,8 @@ def load_ours(folder: Path, mode: str) -> Trained:
         settings["start"] = START_SIGMA
     if mode == "auto":
         settings |= {"interpolated up to": TWICE, "widened below": CRAMPED}
+        if plan.augmentation == "randomised":
+            settings["contrasts"] = "none is tried"
     best = hub.read_card(best_of(folder)).scores.get("tune dice", float("nan"))
     return Trained(
         folder, model.sha256, settings, dict(zip(plan.label_values, plan.labels, strict=True)),
@@ -379,7 +380,7 @@ def examine(trained: Trained, dataset: Dataset, id: str, input: Input) -> tuple[
     """
     case = dataset.case(id)
     truth = truth_of(trained, dataset, case, input)
-    worse = input.degrade(read(case.images), id)
+    worse = input.degrade(read(case.images, fourth_axis="channels"), id)
     started = time.monotonic()
     try:
         found = trained.predict(worse)

@@ -28,7 +28,6 @@ from genmed.degrade import (
 from genmed.volume import Volume
 
 SPLITS = Path(__file__).parent / "splits"
-SPLIT = "split.json"  # of a set that the repository has no split of, beside its trainings
 FEW_SHOT_SHARE = 0.1  # of a set's minutes: what every training on a few cases gets
 
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from genmed.bench.cases import HIPPOCAMPUS, cases_of_part, hippocampus_options, one_line_errors
-from genmed.bench.kept import read_rows, write_rows
+from genmed.bench.kept import key_of, read_rows, write_rows
 from genmed.bench.tables import CONFIRMED, NOISE_50, Input, change
 from genmed.calibration import (
     Reliability,
@@ -149,7 +149,8 @@ def run(
         raise GenMedError(f"{samples} samples of {cases} cases; give at least {FEWEST_SAMPLES} samples and 1 case.")
     dataset = read_dataset(data)
     chosen = cases_of_part(dataset, split, part, cases)
-    _same_as_before(out, {"weights_sha256": model.sha256, "samples": samples, "bins": BINS, "near_mm": NEAR_MM})
+    network = {"weights_sha256": model.sha256, "plan": key_of(model.plan.to_json())}
+    _same_as_before(out, {**network, "samples": samples, "bins": BINS, "near_mm": NEAR_MM})
     findings = read_findings(out)
     wanted = [(name, id) for name in INPUTS for id in chosen]
     for name, id in track([key for key in wanted if key not in findings], "Segmenting"):
@@ -180,7 +181,8 @@ def examine(model: Model, case: Case, name: str, samples: int) -> Finding:
     """Make the case worse, segment it with `samples` samples and compare with the truth."""
     if case.label is None:
         raise GenMedError(f"case '{case.id}': has no label map to compare with; choose a labelled part.")
-    worse, match = INPUTS[name].degrade(read(case.images), case.id), "affine" if name == TOLD else "auto"
+    worse = INPUTS[name].degrade(read(case.images, fourth_axis="channels"), case.id)
+    match = "affine" if name == TOLD else "auto"
     started = time.monotonic()
     found = segment(model, worse.scan, samples=samples, grid="model", match=match, **worse.options)
     seconds = time.monotonic() - started

@@ -117,6 +117,8 @@ def plan(measured: Fingerprint, dataset: Dataset, preset: str = "small", spacing
         raise GenMedError(f"preset '{preset}' is unknown; choose one of: {', '.join(PRESETS)}.")
     if min(measured.shape.median) < 2:
         raise GenMedError(f"{dataset.folder}: holds single slices; plans need 3D scans.")
+    if spacing is not None and not 0 < spacing < math.inf:
+        raise GenMedError(f"--spacing {spacing:g}: must be above 0, in mm.")
     size = PRESETS[preset]
     median = measured.spacing_mm.median
     spacing_mm = median if spacing is None else (spacing, spacing, median[2] if measured.thick_slices else spacing)

@@ -11,6 +11,7 @@ from genmed.errors import GenMedError
 from genmed.files import write_json
 
 PARTS = ("train", "tune", "report")
+SPLIT = "split.json"  # in the folder of a set or of a training
 
 SUBJECT_RULES: dict[str, tuple[str, Callable[[re.Match[str]], str]]] = {
     # data set name -> pattern of an id, the subject it belongs to. In MSD's hippocampus the files 2k-1 and 2k

@@ -264,7 +264,7 @@ def structures_of(
     require_encoder()  # else every structure would stay as segmented
 
     names, known = plan.labels[1:], completer.plan.categories
-    wanted = [tuple(entry.split("+")) for entry in label.replace(" ", "").split(",")] if label else []
+    wanted = [tuple(map(str.strip, entry.split("+"))) for entry in label.split(",")] if label else []
     if missing := [name for part in wanted for name in part if name not in names]:
         raise GenMedError(f"--label {missing[0]}: model '{plan.name}' has {', '.join(names)}; choose from them.")
     if len({name for part in wanted for name in part}) < sum(map(len, wanted)):
@@ -422,6 +422,6 @@ def seen_slices(seen: Bool[np.ndarray, "x y z"]) -> list[tuple[int, int]]:
     found = []
     for axis in range(3):
         whole = seen.all(axis=tuple(other for other in range(3) if other != axis))
-        inner = np.convolve(whole, [1, 1, 1], "same") == 3
+        inner = np.convolve(whole, [1, 1, 1])[1:-1] == 3
         found += [(axis, int(at)) for at in np.flatnonzero(whole & ~inner) if not whole.all()]
     return found

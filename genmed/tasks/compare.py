@@ -152,7 +152,7 @@ def _apart(points: Float[np.ndarray, "n 3"], mesh: Mesh) -> Float[np.ndarray, " 
 def require_page(option: str, path: Path) -> None:
     """Raise `GenMedError` unless a file is named like a web page and can be written."""
     if path.suffix.lower() not in (".html", ".htm"):
-        raise GenMedError(f"{option} {path}: the result is a web page; name it {path.with_suffix('.html').name}.")
+        raise GenMedError(f"{option} {path}: the result is a web page; name it {path.stem or 'page'}.html.")
     require_room(option, path)
 
 

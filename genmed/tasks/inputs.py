@@ -1,5 +1,6 @@
 """What `segment` was pointed at: one scan, a DICOM folder, or a folder of cases."""
 
+import glob
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 from genmed.errors import GenMedError
 from genmed.volume import DICOM_SUFFIXES, PICTURE_SUFFIXES, Volume, read
 
+DETACHED, VOXELS = (".mhd", ".nhdr", ".hdr"), (".raw", ".zraw", ".img", ".raw.gz", ".img.gz")  # headers, their voxels
 VOLUME_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".hdr", ".mgz", ".mgh")
 
 
@@ -21,9 +23,9 @@ class ScanCase:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """Every file behind the case, sorted within a folder."""
+        """Every file behind the case, sorted within a folder; voxels beside their header, too."""
         return tuple(
-            file for path in self.paths for file in (_files_below(path) if path.is_dir() else [path])
+            file for path in self.paths for file in (_files_below(path) if path.is_dir() else [path, *_voxels_of(path)])
         )
 
     def read(self, channels: int, *, finite: bool = True, series: str | None = None) -> Volume:
@@ -31,6 +33,17 @@ class ScanCase:
         several = channels > 1 and len(self.paths) == 1
         paths = self.paths if len(self.paths) > 1 else self.paths[0]
         return read(paths, finite=finite, series=series, fourth_axis="channels" if several else "time")
+
+
+def _voxels_of(header: Path) -> list[Path]:
+    """Files of the same name that hold the voxels of a header without any."""
+    if header.suffix.lower() not in DETACHED:
+        return []
+    return sorted(path for path in header.parent.glob(f"{glob.escape(header.stem)}.*") if _holds_voxels(path))
+
+
+def _holds_voxels(path: Path) -> bool:
+    return path.name.lower().endswith(VOXELS) and path.is_file()
 
 
 def find_cases(source: Path, channels: int, series: str | None = None) -> tuple[list[ScanCase], bool]:

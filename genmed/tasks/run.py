@@ -8,6 +8,7 @@ not at all. A new task is a function from a scan to `Made`, and a `Task` that na
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import platform
 from collections.abc import Callable, Iterator
@@ -179,7 +180,7 @@ def run_cases(
     """
     source, out = Path(source), Path(out)
     cases, several = find_cases(source, len(model.plan.channels), options.series)
-    target = _Target.of(out, cases, source, several, task.endings[0])
+    target = _Target.of(out, cases, source, several, task.endings[0], options.observed)
     record = _Record(target, task, model, options, command)
     outcome = Outcome(record.statistics, record.manifest, {case.id: target.result(case.id) for case in cases})
     with _bar(task.name, len(cases)) as advance:
@@ -386,7 +387,9 @@ class _Target:
     ending: str  # of the result itself
 
     @classmethod
-    def of(cls, out: Path, cases: list[ScanCase], source: Path, several: bool, ending: str) -> _Target:
+    def of(
+        cls, out: Path, cases: list[ScanCase], source: Path, several: bool, ending: str, observed: Path | None = None
+    ) -> _Target:
         name, suffix = stem(out)
         if suffix.lower() == ".nii.gz":
             if several:
@@ -401,6 +404,8 @@ class _Target:
         else:
             target = cls(out, None, ending)
         inputs = {path.resolve() for case in cases for path in case.paths}
+        if observed is not None:
+            inputs |= {mask.resolve() for mask in (observed.iterdir() if observed.is_dir() else [observed])}
         clash = next((case.id for case in cases if target.result(case.id).resolve() in inputs), None)
         if clash or (several and out.resolve() == source.resolve()):
             raise GenMedError(f"{out}: would overwrite the input or mix with it; choose another --out.")
@@ -504,7 +509,8 @@ class _Record:
 def _settings(model: Model, options: Options | RestoreOptions) -> dict[str, Any]:
     """Everything besides the input that decides what a case's files look like, as JSON gives it back."""
     observed = options.observed is not None
-    settings = asdict(options) | {"observed": observed, "weights_sha256": model.sha256}
+    plan = hashlib.sha256(model.plan.to_json().encode()).hexdigest()
+    settings = asdict(options) | {"observed": observed, "weights_sha256": model.sha256, "plan_sha256": plan}
     return json.loads(json.dumps(settings))  # type: ignore[no-any-return]
 
 

@@ -240,11 +240,14 @@ def segment(
     _check_options(mode, match, samples, grid)
     observed, notes = (observed, ()) if observed is not None else seen_slices(scan)
     view = View.of(model.plan, scan, observed, slice_thickness_mm, roi_mm)
+    if match == "auto" and view.complete and model.plan.augmentation == "randomised":
+        match = "none"  # it was trained on random contrasts: there is none to be mapped to, and surprise only warns
     attempts = attempts_at(view, mode, match, interpolated=samples is None and bool(model.plan.typical))
     best = explain(model, view, attempts, samples=samples, seed=seed, progress=progress)
     if progress:
         progress(1.0)
-    found = _result(model.plan, scan, best, grid=grid, seed=seed, seconds=time.monotonic() - started)
+    seconds = time.monotonic() - started
+    found = _result(model.plan, scan, best, grid=grid, seed=seed, seconds=seconds, drawn=samples is not None)
     return replace(found, observed=observed, notes=notes)
 
 
@@ -267,10 +270,16 @@ def explain(
     for number, attempt in enumerate(attempts):
         if attempt.widened and tried and not tried[0].view.widened and tried[0].contrast > LIMIT:
             continue
-        if attempt.mode != "conditional" and not probed:
-            view, probed = likely_slices(model, view, attempt, seed), True
-        share, seen = _share(progress, number, len(attempts)), view.with_margins() if attempt.widened else view
-        found = infer(model, seen, attempt.mode, attempt.match, samples=samples, seed=seed, progress=share)
+        share = _share(progress, number, len(attempts))
+        try:
+            if attempt.mode != "conditional" and not probed:
+                view, probed = likely_slices(model, view, attempt, seed), True
+            seen = view.with_margins() if attempt.widened else view
+            found = infer(model, seen, attempt.mode, attempt.match, samples=samples, seed=seed, progress=share)
+        except GenMedError as error:
+            if not (tried and isinstance(error.__cause__, Diverged)):
+                raise
+            continue  # what was found before stands
         tried.append(found._replace(convincing=attempt.limit))
         if found.surprise is None or found.surprise <= attempt.limit:
             return min(tried, key=lambda found: found.surprise or 0.0)._replace(convincing=attempt.limit)
@@ -517,7 +526,9 @@ def _residual(z0: Tensor, fields: Fields, observation: Observation, match: match
 # The result -----------------------------------------------------------------------------------------------
 
 
-def _result(plan: Plan, scan: Volume, found: Found, *, grid: str, seed: int, seconds: float) -> Segmentation:
+def _result(
+    plan: Plan, scan: Volume, found: Found, *, grid: str, seed: int, seconds: float, drawn: bool
+) -> Segmentation:
     soft, view = found.soft, found.view
     mean = soft.mean(dim=0).numpy() if len(soft) > 1 else soft[0].numpy()
     names = dict(zip(plan.label_values, plan.labels, strict=True))
@@ -536,7 +547,7 @@ def _result(plan: Plan, scan: Volume, found: Found, *, grid: str, seed: int, sec
         image = view.intensity.restore(found.image.mean(dim=0).numpy())
         restored = Volume(data=image.astype(np.float32), affine=space.model.affine)
     return Segmentation(
-        labels=labels, soft=chances, volume_ml=_volumes(plan, found), residual=found.residual,
+        labels=labels, soft=chances, volume_ml=_volumes(plan, found, drawn), residual=found.residual,
         surprise=found.surprise, mode=found.mode, match=found.match, slice_thickness_mm=view.slice_thickness_mm,
         widened=view.widened, observed_share=observed_share(view, mean), extent_share=view.extent_share,
         seconds=seconds, seed=seed, image=restored, convincing=found.convincing, temperature=plan.temperature,
@@ -552,11 +563,14 @@ def observed_share(view: View, soft: Float[np.ndarray, "k x y z"]) -> float:
     return float(covered[inside].mean() if inside.any() else covered.mean())
 
 
-def _volumes(plan: Plan, found: Found) -> dict[str, Interval]:
-    """Volume of every structure on the working grid, each sample counted in its own label map."""
+def _volumes(plan: Plan, found: Found, drawn: bool) -> dict[str, Interval]:
+    """Volume of every structure on the working grid, each sample counted in its own label map.
+
+    Fewer than `FEWEST_SAMPLES` say nothing of what a scan leaves open; little, where one evaluation saw all of it.
+    """
     voxel_ml = float(np.prod(found.view.space.model.spacing_mm)) / 1000
     classes = found.soft.argmax(dim=1)
-    at_once = len(classes) == 1 and found.mode == "conditional" and found.view.complete
+    at_once = found.mode == "conditional" and found.view.complete and not drawn
     result = {}
     for number, name in enumerate(plan.labels[1:], start=1):
         error = plan.volume_error[number - 1] if plan.volume_error else 0.0

@@ -420,12 +420,13 @@ def _made(
     """The result as it is written, and of a label map the probabilities that it is made of."""
     if suffix not in NIFTI:
         return found.mesh(), None
-    if label is None:
+    if label is None:  # of a surface, no voxel was seen
         grid = found.shapes[0].grid
-        label, seen = Volume(np.zeros((1, *grid.shape), np.uint8), grid.affine), None
-    chance = found.probability(label.grid)
-    if not cue.doubtful:
-        chance = np.where(True if seen is None else seen, label.data[0] != 0, chance)
+        chance, label = found.probability(grid), Volume(np.zeros((1, *grid.shape), np.uint8), grid.affine)
+    else:
+        chance = found.probability(label.grid)
+        if not cue.doubtful:
+            chance = np.where(True if seen is None else seen, label.data[0] != 0, chance)
     return label.like((chance > 0.5).astype(np.uint8)), label.like(chance.astype(np.float32))
 
 

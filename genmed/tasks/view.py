@@ -28,6 +28,7 @@ LARGEST_EXTENT = 1.6  # field of view that is believed, in units of the largest 
 SMALLEST_EXTENT = 0.2  # along an axis, in the same units: below it, the header or the result is doubtful
 SIGMA_Y = 0.05  # noise of an observed voxel, in standard deviations of the image
 FEWEST_VOXELS = 500  # that an estimate of the noise needs
+LEAST_STEP = 1e-4  # between quantiles of a normalised scan, below which they agree
 FEWEST_EMPTY = 3  # slices of one value between others that count as missing
 NATURAL = 0.5  # share of that value in the other slices from which on it is taken for the scan's own background
 NOISY = 0.25  # estimate from which on it is taken for noise, above the texture of clean scans; else it is SIGMA_Y
@@ -289,11 +290,17 @@ def _checked_extent(plan: Plan, space: Space, scan: Volume) -> float:
 def _piecewise(
     x: Float[Tensor, " n"], knots: Float[Tensor, " k"], values: Float[Tensor, " k"]
 ) -> Float[Tensor, " n"]:
-    """Linear interpolation between knots, in increasing order, with the slopes of the ends beyond them."""
+    """Linear interpolation between knots, in increasing order, with the slopes of the ends beyond them.
+
+    An end whose knots agree (a background of one value) has the slope of the whole instead, not that of a step.
+    """
     knots = knots + 1e-6 * torch.arange(len(knots))  # of a flat histogram, too
     left = torch.searchsorted(knots, x).clamp(1, len(knots) - 1) - 1
     slope = values.diff() / knots.diff()
-    return values[left] + slope[left] * (x - knots[left])
+    whole = (values[-1] - values[0]) / (knots[-1] - knots[0])
+    first, last = torch.where(knots.diff() > LEAST_STEP, slope, whole)[[0, -1]]
+    beyond = torch.where(x < knots[0], first * (x - knots[0]), last * (x - knots[-1]).clamp(min=0))
+    return values[left] + slope[left] * (x.clamp(knots[0], knots[-1]) - knots[left]) + beyond
 
 
 def _room(plan: Plan, space: Space) -> tuple[int, int, int]:
