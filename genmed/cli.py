@@ -244,7 +244,10 @@ def train(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 0,
     augmentation: Annotated[
-        str, typer.Option(help="none, nnunet, degraded (coarse input) or randomised (other contrasts, too).")
+        str,
+        typer.Option(
+            help="none, nnunet, degraded (coarse input), randomised (other contrasts, too) or mixed (half of each)."
+        ),
     ] = "nnunet",
     cases: Annotated[
         int | None, typer.Option(metavar="N", help="Few-shot: train on N cases of the training part.")

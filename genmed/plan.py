@@ -28,7 +28,7 @@ PRESETS: dict[str, Preset] = {
 }
 
 NORM_GROUPS = 8  # where the coarsest level of a patch is too small for statistics of single channels
-AUGMENTATIONS = ("none", "nnunet", "degraded", "randomised")  # what `genmed.data.augment` makes of them
+AUGMENTATIONS = ("none", "nnunet", "degraded", "randomised", "mixed")  # what `genmed.data.augment` makes of them
 
 
 def strides(spacing_mm: Sequence[float], levels: int) -> tuple[Triple, ...]:

@@ -64,6 +64,12 @@ def test_kinds_are_what_they_are_called() -> None:
         assert torch.equal(augment(image, inside, "nnunet", seeded(seed)), plain)
         degraded += not torch.equal(augment(image, inside, "degraded", seeded(seed)), plain)
     assert 18 <= degraded <= 42  # half of the draws
+    usual = 0
+    for seed in range(60):
+        mixed, generator = augment(image, inside, "mixed", seeded(seed)), seeded(seed)
+        torch.rand((), generator=generator)  # says which
+        usual += torch.equal(mixed, augment_intensity(image, generator))
+    assert 18 <= usual <= 42
     with pytest.raises(ValueError, match="typo"):
         augment(image, inside, "typo", seeded(0))
 

@@ -360,12 +360,25 @@ def test_report_gives_exact_means_differences_and_p() -> None:
     assert "| 0.867 [0.850, " in text[text.index("trained on degraded patches") :]
     start = lines.index("## Paired differences of Dice")
     # 5 persons, all better by the same: the smallest two-sided p is 2 / 2^5
-    assert lines[start + 4] == "| clean | conditional diffusion | +0.100 [+0.100, +0.100] | 0.062 |"
+    ours = "GenMed, automatic"
+    assert lines[start + 4] == f"| clean | {ours} | conditional diffusion | +0.100 [+0.100, +0.100] | 0.062 |"
     assert lines[start + 5] == (
-        "| clean | GenMed, interpolation + one evaluation | +0.050 [+0.050, +0.050] | 0.062 |"
+        f"| clean | {ours} | GenMed, interpolation + one evaluation | +0.050 [+0.050, +0.050] | 0.062 |"
     )
     hd95 = lines[lines.index("## HD95 (mm)") :]
     assert hd95[4].count("**") == 8  # a tie: all are best
+
+
+def test_trainings_are_compared_with_peers_of_the_same_patches() -> None:
+    scores = {"genmed": 0.9, "dynunet": 0.8, "genmed-mixed": 0.85, "dynunet-mixed": 0.82, "genmed-degraded": 0.5}
+    lines = report(some_rows(scores), INPUTS, list(scores), PEOPLE, "", "title").splitlines()
+    start = lines.index("## Paired differences of Dice")
+    assert [line.rsplit(" [", 1)[0] for line in lines[start + 4 : start + 6]] == [
+        "| clean | GenMed, automatic | DynUNet | +0.100",
+        "| clean | GenMed, automatic, usual and random contrasts | DynUNet, usual and random contrasts | +0.030",
+    ]
+    alone = report(some_rows({"genmed-mixed": 0.85}), INPUTS, ["genmed-mixed"], PEOPLE, "", "title")
+    assert "Paired differences" not in alone
 
 
 def test_missed_and_refused_structures_are_told() -> None:

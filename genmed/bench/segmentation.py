@@ -30,8 +30,8 @@ from genmed.bench.tables import (
     FEW_SHOT_SHARE,
     METHODS,
     OURS,
-    PEERS,
     PLAIN,
+    RIVALS,
     SETS,
     TABLES,
     Input,
@@ -238,7 +238,7 @@ def trained_networks(
 
 def run_folder(lab: Lab, set_name: str, method: Method, input: Input) -> Path:
     """Where a training lies: RUNS/SET/RUN, for a few-shot draw with -casesN-drawK; or the set's bundled model."""
-    if method.run == OURS and SETS[set_name].model:
+    if method.run == SETS[set_name].run and SETS[set_name].model:
         return hub.find(SETS[set_name].model)
     few = f"-cases{input.cases}-draw{input.draw}" if input.cases else ""
     return lab.runs / set_name / (method.run + few)
@@ -499,8 +499,8 @@ def report(
         if others:
             heading = f"## {name}, trainings on changed contrasts or coarse voxels (not comparable with the above)"
             parts.append(f"{heading}\n\n{score_table(rows, inputs, others, people, metric)}")
-    if OURS in columns and len(main) > 1:
-        parts.append(f"## Paired differences of Dice\n\n{difference_table(rows, inputs, main, people)}")
+    if any(rivals_of(name, columns) for name in columns):
+        parts.append(f"## Paired differences of Dice\n\n{difference_table(rows, inputs, columns, people)}")
     parts.append(f"## How the budget was spent\n\n{spent}")
     if automatic := [name for name in columns if METHODS[name].ours and METHODS[name].mode == "auto"]:
         parts.append(f"## What the automatic path chose\n\n{choice_table(rows, inputs, automatic)}")
@@ -558,25 +558,32 @@ def score_table(
     return "\n".join(lines) + "\n"
 
 
+def rivals_of(ours: str, columns: Sequence[str]) -> list[tuple[str, ...]]:
+    """Of the columns: peers that were trained on the same patches as `ours`, and one evaluation of the same weights."""
+    peers = tuple(name for name in RIVALS.get(ours, ()) if name in columns)
+    plain = (PLAIN,) if ours == OURS and PLAIN in columns else ()
+    return [rivals for rivals in (peers, plain) if rivals]
+
+
 def difference_table(rows: Rows, inputs: Sequence[Input], columns: Sequence[str], people: Mapping[str, str]) -> str:
     """Ours, automatic, against the best peer of every row and against one evaluation of the interpolated scan."""
-    rivals = [name for name in columns if name in PEERS]
-    lines = ["| input | against | difference | p |", "|---|---|---|---|"]
+    lines = ["| input | ours | against | difference | p |", "|---|---|---|---|---|"]
     for shown, names in rows_shown(inputs).items():
         values = {method: values_of(rows, names, method) for method in columns}
         means = {method: float(np.mean(list(each.values()))) for method, each in values.items()}
-        best = [max(rivals, key=lambda name: means[name])] if rivals else []
-        for other in (*best, *(name for name in (PLAIN,) if name in columns)):
-            ids = list(values[OURS])
-            difference = np.array([values[OURS][id] - values[other][id] for id in ids])
-            groups = [people[id] for id in ids]
-            interval, p = mean_interval(difference, groups, 3, sign="+"), signed_rank_p(difference, groups)
-            lines.append(f"| {shown} | {METHODS[other].title} | {interval} | {p:.2g} |")
+        for ours in columns:
+            for rivals in rivals_of(ours, columns):
+                other = max(rivals, key=lambda name: means[name])
+                difference = np.array([values[ours][id] - values[other][id] for id in values[ours]])
+                groups = [people[id] for id in values[ours]]
+                interval, p = mean_interval(difference, groups, 3, sign="+"), signed_rank_p(difference, groups)
+                titles = f"{METHODS[ours].title} | {METHODS[other].title}"
+                lines.append(f"| {shown} | {titles} | {interval} | {p:.2g} |")
     lines += [
         "",
-        f"{METHODS[OURS].title}, minus the best peer, which is chosen on the very row that it is compared on, in its "
-        "favour, and minus one evaluation of the interpolated scan. p: Wilcoxon signed-rank test of the means of "
-        "persons, two-sided, not corrected for the number of rows.",
+        "Ours minus the best peer that was trained on the same patches, which is chosen on the very row that it is "
+        "compared on, in its favour, and minus one evaluation of the interpolated scan. p: Wilcoxon signed-rank test "
+        "of the means of persons, two-sided, not corrected for the number of rows.",
     ]
     return "\n".join(lines) + "\n"
 

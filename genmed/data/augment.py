@@ -16,6 +16,7 @@ USUAL, STRONG = 0.2, 0.6  # probability of each spatial change; STRONG where few
 UNFOLDED = 0.4  # B-spline grids whose knots move by less than 0.403 of their distance do not fold
 KNOTS = 5  # per axis, of smooth fields: knots are half a patch apart
 CURVE_KNOTS = 8  # of random intensity curves
+RANDOMISED = 0.5  # share of `mixed` patches that are `randomised`
 COARSEST = 8.0  # voxels of simulated coarse scans, in working voxels; also the widest gap between slices
 
 
@@ -167,9 +168,12 @@ def augment(
     """Change the intensities of one patch; `inside` is 0 where it reaches beyond its scan.
 
     Args:
-        kind: `none`, `nnunet` (`augment_intensity`), `degraded` (the same, then `worsen`: for coarse input) or
-            `randomised` (`augment_randomised`: for unknown contrasts, too).
+        kind: `none`, `nnunet` (`augment_intensity`), `degraded` (the same, then `worsen`: for coarse input),
+            `randomised` (`augment_randomised`: for unknown contrasts, too) or `mixed` (every patch one of `nnunet`
+            and `randomised`: for scans as they usually are and for others, by one network).
     """
+    if kind == "mixed":
+        kind = "randomised" if chance(RANDOMISED, generator) else "nnunet"
     if kind == "none":
         return image
     if kind == "nnunet":
