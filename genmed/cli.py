@@ -956,7 +956,9 @@ def _segmented_text(outcome: Outcome) -> str:
         volumes = ", ".join(f"{name} {_volume(row)}" for name, row in facts["structures"].items())
         residual = "" if facts["residual"] is None else f", residual {facts['residual']:.2f}"
         how = (
-            "finished before" if facts["skipped"] else f"{facts['mode']}{residual}, {facts['seconds']:.1f} s"
+            "finished before"
+            if facts["skipped"]
+            else f"{facts['mode']}, match {facts['match']}{residual}, {facts['seconds']:.1f} s"
         )
         lines.append(f"{case}: {volumes} ({how}{_look(facts)}) -> {facts['out']}")
     return "\n".join(lines)

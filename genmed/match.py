@@ -73,11 +73,24 @@ def curve(knots: int = 12, smooth: float = 1e-4, trim: float = 0.005) -> Match:
     _at_least_four("knots", knots)
 
     def fit(x: Tensor, y: Tensor, seen: Tensor, labels: Tensor | None = None) -> Residual:
-        x_range = _range(x, seen.expand_as(x), trim)
-        control = _fit_spline(_position(x, x_range, knots), y, seen.expand_as(x), knots, smooth)[:, :, None]
-        return lambda x, labels: seen * (y - _spline(control, _position(x, x_range, knots)))
+        g = lookup(x, y, seen, knots, smooth, trim)
+        return lambda x, labels: seen * (y - g(x))
 
     return fit
+
+
+def lookup(
+    x: Float[Tensor, "b c x y z"],
+    y: Float[Tensor, "#b c x y z"],
+    seen: Tensor,
+    knots: int = 12,
+    smooth: float = 1e-4,
+    trim: float = 0.005,
+) -> Callable[[Tensor], Tensor]:
+    """The map g of `curve` that takes x to y where it was seen; for images of any size."""
+    x_range = _range(x, seen.expand_as(x), trim)
+    control = _fit_spline(_position(x, x_range, knots), y, seen.expand_as(x), knots, smooth)[:, :, None]
+    return lambda x: _spline(control, _position(x, x_range, knots))
 
 
 def labels(ridge: float = 1e-3, slope: bool = True) -> Match:

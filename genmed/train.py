@@ -12,7 +12,7 @@ import platform
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -142,6 +142,7 @@ def fit(
     mixed_precision: str | None = None,
     clock: Callable[[], float] = wall_minutes,
     keep_best: Callable[[nn.Module, float, dict[str, float]], object] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> tuple[nn.Module, float]:
     """Minimise `objective(batch)["loss"]` over the weights of `objective.model`.
 
@@ -155,6 +156,7 @@ def fit(
         keep_best: called with the averaged network, the minutes and the scores at each validation whose "dice"
             is higher than all before, those before a resume included. Validations are 5 minutes apart, in short
             trainings a quarter of `max_minutes`.
+        settings: what a run that is resumed must have in common with the one before (`settings_of`).
 
     Returns:
         The network with averaged weights and the minutes that the training took in all; `time_spent` knows more.
@@ -167,7 +169,7 @@ def fit(
         network.to(accelerator.device)
     first, before, best = 0, Spent(0.0, 0.0, 0.0), -math.inf
     if resume and (folder / CHECKPOINT).exists():
-        first, before, best = load_state(folder / CHECKPOINT, objective, average.model, optimiser)
+        first, before, best = load_state(folder / CHECKPOINT, objective, average.model, optimiser, settings)
     wrapped, optimiser = accelerator.prepare(objective, optimiser)
     chief = accelerator.is_main_process
     validate_every = min(VALIDATE_EVERY_MINUTES, max_minutes / 4 if max_minutes else math.inf)
@@ -180,7 +182,7 @@ def fit(
         if chief:
             spent = Spent(*(b + now - then for b, now, then in zip(before, _clocks(clock), started, strict=True)))
             spent = spent._replace(minutes=minutes)
-            save_state(folder / CHECKPOINT, objective, average.model, optimiser, step, spent, best)
+            save_state(folder / CHECKPOINT, objective, average.model, optimiser, step, spent, best, settings)
 
     def judge(log: _Log, validate: Callable[[nn.Module], dict[str, float]]) -> None:
         nonlocal best
@@ -284,6 +286,7 @@ def save_state(
     step: int,
     spent: Spent,
     best: float,
+    settings: Mapping[str, Any] | None = None,
 ) -> None:
     """Everything a run needs to go on, in one safetensors file that is replaced as a whole."""
     tensors = {f"model.{name}": value for name, value in objective.state_dict().items()}
@@ -292,18 +295,27 @@ def save_state(
         tensors |= {f"adam.{number}.{key}": value for key, value in state.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    metadata = {"step": str(step), "best": repr(best)} | {name: repr(value) for name, value in spent._asdict().items()}
+    metadata = {"step": str(step), "best": repr(best), "settings": json.dumps(settings or {})}
+    metadata |= {name: repr(value) for name, value in spent._asdict().items()}
     save_file({name: value.detach().contiguous() for name, value in tensors.items()}, part, metadata)
     os.replace(part, path)
 
 
 def load_state(
-    path: Path, objective: nn.Module, average: nn.Module, optimiser: torch.optim.Optimizer
+    path: Path,
+    objective: nn.Module,
+    average: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    settings: Mapping[str, Any] | None = None,
 ) -> tuple[int, Spent, float]:
-    """Inverse of `save_state`; returns step, time and highest Dice. Raises `GenMedError` for a foreign file."""
+    """Inverse of `save_state`; returns step, time and highest Dice.
+
+    Raises `GenMedError` for a foreign file, and for that of a run with other settings.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
+            _require_same(json.loads(metadata.get("settings", "{}")), json.loads(json.dumps(settings or {})))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         objective.load_state_dict(_under("model.", tensors))
         average.load_state_dict(_under("average.", tensors))
@@ -318,6 +330,20 @@ def load_state(
             f"{path}: cannot resume from this checkpoint ({' '.join(str(error).split())[:120]}); "
             "train with the same options as before, or without --resume."
         ) from error
+
+
+def settings_of(plan: Plan, cases: Sequence[str], **others: Any) -> dict[str, Any]:
+    """What decides a training besides its length: the plan but for names and what is measured at the end, and data."""
+    free = {"name", "licence", "source", "steps", "typical", "temperature", "volume_error", "format_version"}
+    decisive = {key: value for key, value in dataclasses.asdict(plan).items() if key not in free}
+    return decisive | {"training cases": list(cases)} | others
+
+
+def _require_same(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Checkpoints of version 0.1 know no settings."""
+    for key in before.keys() & now.keys():
+        if before[key] != now[key]:
+            raise ValueError(f"{key}: {before[key]} before, {now[key]} now")
 
 
 def time_spent(folder: Path) -> Spent:
@@ -436,10 +462,12 @@ def train(
     if split is None and resume and (out / SPLIT).exists():
         split = out / SPLIT  # who is in which part stays, whatever was added to the data since
     with state.main_process_first():
-        parts = read_split(split, dataset.ids) if split else _draw_split(dataset, out, seed)
-    if not (parts.train and parts.tune):
-        raise GenMedError(f"{split or folder}: has no case to train or none to tune on; give a split with both.")
-    parts = few_shot(parts, cases, draw)
+        whole = read_split(split, dataset.ids) if split else _drawn_split(dataset, seed)
+        if not (whole.train and whole.tune):
+            raise GenMedError(f"{split or folder}: has no case to train or none to tune on; give a split with both.")
+        parts = few_shot(whole, cases, draw)
+        if not split and state.is_main_process:
+            write_split(out / SPLIT, whole, _subjects(dataset))
     plan = make_plan(dataset, parts, out.name, preset, spacing, steps, seed, augmentation, cases or 0, draw)
     scans, tune = load_scans(dataset, plan, parts.train), load_scans(dataset, plan, parts.tune)
     torch.manual_seed(seed)
@@ -463,6 +491,7 @@ def train(
         picture=lambda model: sample_picture(model, plan),
         clock=clock,
         keep_best=lambda model, minutes, scores: save(out / BEST, model, minutes, scores),
+        settings=settings_of(plan, parts.train),
     )
     if state.is_main_process:
         save(out, average, minutes, tune_dice(conditional(average), tune, plan))
@@ -519,13 +548,14 @@ def few_shot(parts: Split, cases: int | None, draw: int = 0) -> Split:
     return dataclasses.replace(parts, train=tuple(sorted(order[:cases])))
 
 
-def _draw_split(dataset: Dataset, out: Path, seed: int) -> Split:
-    subjects = {case.id: person(dataset.name, case.id) for case in dataset.cases if case.label is not None}
-    parts = three_way(subjects, seed)
-    split = Split(dataset.name, parts["train"], parts["tune"], parts["report"])
-    if PartialState().is_main_process:
-        write_split(out / SPLIT, split, subjects)
-    return split
+def _drawn_split(dataset: Dataset, seed: int) -> Split:
+    parts = three_way(_subjects(dataset), seed)
+    return Split(dataset.name, parts["train"], parts["tune"], parts["report"])
+
+
+def _subjects(dataset: Dataset) -> dict[str, str]:
+    """Case -> person of all labelled cases."""
+    return {case.id: person(dataset.name, case.id) for case in dataset.cases if case.label is not None}
 
 
 def _start_from(denoiser: Denoiser, init: str | Path) -> None:

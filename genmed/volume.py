@@ -251,7 +251,8 @@ def _require_finite(volume: Volume) -> None:
     bad = sum(slab.size - int(np.count_nonzero(np.isfinite(slab))) for slab in slabs)
     if bad:
         share = f"{bad} of {volume.data.size}"
-        raise GenMedError(f"{volume.name}: {share} voxels are NaN or infinite; replace them with a number")
+        raise GenMedError(f"{volume.name}: {share} voxels are NaN or infinite; replace them with a number, or "
+            "hide them with --observed, a mask that is 0 there")
 
 
 def _stack(channels: list[np.ndarray]) -> np.ndarray:

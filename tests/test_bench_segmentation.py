@@ -481,11 +481,17 @@ def test_bundled_model_stands_for_a_training_without_any_run(
     assert [(e["input"], e["method"]) for e in entries(tmp_path / "out")] == [
         (row.name, method) for row in TABLES["confirmed"].inputs["hippocampus-1mm"] for method in (OURS, PLAIN)
     ]
-    assert text.count("| hippocampus-mr (bundled, last weights) |") == 1 and not runs.exists()
+    assert text.count("| hippocampus-mr (bundled) |") == 1 and not runs.exists()
     with pytest.raises(GenMedError, match=f"^not trained: {runs}/hippocampus-1mm/dynunet; run without"):
         run(lab.data, runs, tmp_path / "out", may_train=False, **options)
     run(lab.data, runs, tmp_path / "out", methods=[OURS], **options)  # allowed to train, it still does not
     assert not runs.exists()
+
+
+def test_bundled_models_stand_for_trainings_on_the_same_patches() -> None:
+    for training in SETS.values():
+        if training.model:
+            assert METHODS[training.run].augmentation == hub.load(training.model).plan.augmentation
 
 
 def test_few_shot_draws_train_apart_and_may_start_from_another_structure(
@@ -619,6 +625,7 @@ def test_weights_of_another_architecture_are_refused_untouched(changes: dict[str
         ("--table fewshot --set acdc", "--set acdc: not in table fewshot"),
         ("--table standard --part train", "--part train"),
         ("--table standard --cases 0", "--cases 0"),
+        ("--table standard --minutes 0", "--minutes 0: must be above 0"),
         ("--table standard --set acdc --methods swinunetr", "--methods swinunetr: not in this table"),
         ("--table standard", "GENMED_DATA"),
     ],

@@ -149,6 +149,17 @@ def test_restored_image_comes_back_in_the_scans_own_contrast(monkeypatch: pytest
     np.testing.assert_allclose(restore(MODEL, coarse, samples=3).image.data, truth, rtol=1e-4)
 
 
+def test_a_contrast_that_was_bent_is_bent_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = Volume(picture((12, 12, 12)).data, np.eye(4))
+    scan = known.like(np.abs(known.data - 100) * 7)  # a tent: no line leads from the one to the other
+    guess(monkeypatch, known.data)
+    bent = restore(MODEL, scan, match="curve", samples=1).image.data
+    assert np.corrcoef(bent.ravel(), scan.data.ravel())[0, 1] > 0.98
+    assert bent.std() == pytest.approx(scan.data.std(), rel=0.1)
+    straight = restore(MODEL, scan, match="affine", samples=1).image.data
+    assert abs(np.corrcoef(straight.ravel(), scan.data.ravel())[0, 1]) < 0.5
+
+
 def test_units_are_fitted_to_observed_voxels_only(monkeypatch: pytest.MonkeyPatch) -> None:
     truth = picture((12, 12, 12))
     worse = keep_slices(truth, 4, axis=1)

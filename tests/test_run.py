@@ -259,9 +259,14 @@ def test_a_plan_that_changed_makes_results_anew(fake: FakeSegment, tmp_path: Pat
 def test_outputs_that_cannot_be_are_refused_before_any_work(fake: FakeSegment, ten: Path) -> None:
     (ten.parent / "file").write_text("")
     refused = {"seg.nii.gz": "one file for 10 cases", "seg.nrrd": r"seg\.nii\.gz", "file": "is a file"}
+    (ten.parent / "head.nii.gz").mkdir()
+    one = next(ten.iterdir())
     for out, reason in refused.items():
         with pytest.raises(GenMedError, match=reason):
             segment_files(MODEL, ten, ten.parent / out)
+    for out, reason in {"file/seg.nii.gz": "no folder that may be written to", "head.nii.gz": "is a folder"}.items():
+        with pytest.raises(GenMedError, match=reason):
+            segment_files(MODEL, one, ten.parent / out)
     assert not fake.calls
 
 

@@ -157,6 +157,17 @@ def _content(path: Path) -> bytes:
     return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
 
 
+def test_a_channel_that_is_constant_where_it_was_observed_is_refused() -> None:
+    plan = replace(PLAN, channels=("T1", "T2"))
+    two = several_channels(scan().data[0], np.ones((11, 12, 13)))
+    two.data[1, 0] = 9.0
+    mask = np.ones((1, 11, 12, 13), np.uint8)
+    View.of(plan, two, two.like(mask))
+    mask[:, 0] = 0
+    with pytest.raises(GenMedError, match="observed voxels of channel 1 are constant; check --observed"):
+        View.of(plan, two, two.like(mask))
+
+
 @pytest.mark.parametrize("axis", [0, 1, 2])
 @pytest.mark.parametrize("fill", [0.0, -1024.0])
 def test_empty_slices_between_others_are_unseen(axis: int, fill: float) -> None:
@@ -185,6 +196,10 @@ def test_slices_are_hidden_only_where_nothing_else_explains_them() -> None:
         assert seen_slices(several_channels(data)) == (None, ())
     empty = np.where(places % 4 == 1, noise, 0)
     assert seen_slices(several_channels(empty, noise)) == (None, ())
+    both = np.where((places % 4 == 1)[:, None, None], empty, 0)
+    observed, notes = seen_slices(several_channels(both))
+    assert observed is not None and len(notes) == 2
+    assert np.array_equal(observed.data[0, :, 0], np.outer(places % 4 == 1, places % 4 == 1))
     observed, _ = seen_slices(several_channels(empty, 2 * empty + 7))
     assert observed is not None and observed.data.shape == (1, 12, 12, 12)
     assert np.array_equal(observed.data[0, 0, 0], places % 4 == 1)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -219,6 +220,22 @@ def test_a_resumed_training_keeps_its_parts_when_cases_are_added(dataset: Path, 
     assert (out / "split.json").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [({"augmentation": "none"}, "augmentation: nnunet before, none now"), ({"seed": 4}, "seed"), ({"draw": 1}, "draw")],
+)
+def test_a_training_is_not_resumed_with_other_options(
+    dataset: Path, tmp_path: Path, changes: dict[str, Any], told: str
+) -> None:
+    options = {"preset": "small", "cases": 1, "draw": 0}
+    out = train(dataset, tmp_path / "model", steps=1, **options)
+    plan = (out / "plan.json").read_bytes()
+    with pytest.raises(GenMedError, match=f"cannot resume.*{told}"):
+        train(dataset, out, steps=2, resume=True, **(options | changes))
+    assert (out / "plan.json").read_bytes() == plan
+    train(dataset, out, steps=2, resume=True, **options)  # longer is all right
+
+
 def test_a_new_training_in_an_old_folder_has_a_curve_of_its_own(dataset: Path, tmp_path: Path) -> None:
     for _ in range(2):
         train(dataset, tmp_path / "model", preset="small", steps=1)
@@ -240,7 +257,10 @@ def test_options_that_cannot_be_are_refused_before_any_work(dataset: Path, tmp_p
     for reason, options in wrong.items():
         with pytest.raises(GenMedError, match=reason):
             train(dataset, tmp_path / "model", preset="small", **options)  # type: ignore[arg-type]
-    assert not (tmp_path / "model" / CHECKPOINT).exists()
+    for few in ({"cases": 0}, {"draw": 3}):
+        with pytest.raises(GenMedError, match="cases"):
+            train(dataset, tmp_path / "model", preset="small", **few)  # type: ignore[arg-type]
+    assert not (tmp_path / "model").exists()
 
 
 def test_one_file_of_several_channels_is_trained_on(dataset: Path, tmp_path: Path) -> None:

@@ -36,7 +36,17 @@ from genmed.loss import Batch, categorical_loss
 from genmed.nets.unet import kernel_sizes, pad_to_multiple
 from genmed.plan import AUGMENTATIONS, PRESETS, Plan
 from genmed.samplers import euler, noise, schedule, seeded
-from genmed.train import draw_batch, fair_minutes, few_shot, fit, load_scans, make_plan, time_spent, tune_dice
+from genmed.train import (
+    draw_batch,
+    fair_minutes,
+    few_shot,
+    fit,
+    load_scans,
+    make_plan,
+    settings_of,
+    time_spent,
+    tune_dice,
+)
 
 NETWORKS = ("dynunet", "swinunetr", "diffusion")
 HEADS = 2  # deep supervision heads besides the output
@@ -280,6 +290,7 @@ def train_peer(
         keep_best=lambda model, minutes, scores: write_bytes(
             out / BEST, packed(model, {"minutes": round(minutes, 1), **scores})
         ),
+        settings=settings_of(plan, parts.train, network=network),
     )
     if isinstance(average, Diffusion):
         average.draws = DRAWS

@@ -163,6 +163,8 @@ def run(
         set_name = next(iter(TABLES[table].inputs)) if table in TABLES else ""
     chosen, inputs = _table(table, set_name, part, cases)
     columns = _columns(chosen, set_name, methods)
+    if minutes is not None and not minutes > 0:
+        raise GenMedError(f"--minutes {minutes:g}: must be above 0.")
     if data is None:
         raise GenMedError("no --data and no variable GENMED_DATA; give the folder that holds the prepared sets.")
     lab, out = Lab(Path(data), Path(runs), minutes), Path(out)
@@ -264,7 +266,8 @@ def train_run(lab: Lab, set_name: str, method: Method, input: Input) -> Path:
     """Train one method, or go on with its training; first the run that it starts from."""
     training, folder = SETS[set_name], run_folder(lab, set_name, method, input)
     split = split_of(lab.data, lab.runs, set_name)
-    minutes = lab.minutes or training.minutes * (FEW_SHOT_SHARE if input.cases else 1)
+    usual = training.minutes * (FEW_SHOT_SHARE if input.cases else 1)
+    minutes = usual if lab.minutes is None else lab.minutes
     init = start_of(lab, method) if method.init else None
     print(f"training {folder} for {minutes:g} minutes", flush=True)
     resume = (folder / CHECKPOINT).exists()
@@ -626,7 +629,7 @@ def budget(networks: Networks) -> str:
 
 def _remark(folder: Path, method: Method) -> str:
     if folder.parent == hub.BUNDLED:
-        return " (bundled, last weights)"
+        return " (bundled)"
     return "" if is_finished(folder, method) else " (unfinished)"
 
 

@@ -12,20 +12,22 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import torch
 from jaxtyping import Bool, Float
 
 from genmed.errors import GenMedError
 from genmed.files import write_bytes
 from genmed.hub import Model
+from genmed.match import lookup
 from genmed.space import Intensity, Space
-from genmed.tasks.segment import MONOTONE, Progress, Segmentation, segment
+from genmed.tasks.segment import MONOTONE, RIGID, Progress, Segmentation, segment
 from genmed.volume import Volume
 
 SAMPLES = 4  # guided trajectories that are averaged
 SEED_STEP = 1_000_003  # between the seeds of an image's samples
 DESCRIP_BYTES = 79  # of the NIfTI header's field `descrip`, without the closing zero
 
-Units = Callable[[np.ndarray, Volume, Bool[np.ndarray, "x y z"], Space], np.ndarray]
+Units = Callable[[np.ndarray, Volume, Bool[np.ndarray, "x y z"], Space, str], np.ndarray]  # the last: match
 
 
 @dataclass
@@ -70,7 +72,7 @@ def restore(
     """The scan at the model's full resolution, complete, in the contrast and units of the scan itself.
 
     Each sample is brought to the scan's units by the line that fits the observed voxels best, which also turns it
-    back where the match turned the contrast round.
+    back where the match turned the contrast round; after a match that bends contrasts, by a curve.
 
     Args:
         match: how the observed appearance relates to the model's, as in `segment`.
@@ -162,7 +164,7 @@ def _average(
     assert first is not None
     space = Space.fit(scan.grid, model.plan.spacing_mm, slice_axis_last=model.plan.thick_slices, roi_mm=roi_mm)
     seen = _seen(scan, observed, space)
-    drawn = [image.like(units(image.data, scan, seen, space)) for image in drawn]
+    drawn = [image.like(units(image.data, scan, seen, space, match)) for image in drawn]
     images = np.stack([image.data for image in drawn]).astype(np.float64)
     mean, spread = images.mean(axis=0), images.std(axis=0, ddof=1) if count > 1 else None
     whole = replace(first, residual=float(np.mean(residuals)))
@@ -189,16 +191,24 @@ def _seen(scan: Volume, observed: Volume | None, space: Space) -> Bool[np.ndarra
 
 
 def _units_of_scan(
-    image: Float[np.ndarray, "c X Y Z"], scan: Volume, seen: Bool[np.ndarray, "x y z"], space: Space
+    image: Float[np.ndarray, "c X Y Z"], scan: Volume, seen: Bool[np.ndarray, "x y z"], space: Space, match: str
 ) -> Float[np.ndarray, "c X Y Z"]:
-    """Brightness and contrast, channel by channel, that explain the observed voxels best (least squares)."""
+    """Brightness and contrast, channel by channel, that explain the observed voxels best (least squares).
+
+    A contrast that a match has bent is bent back by a curve of the same kind.
+    """
     measured = space.to_input(image)
-    lines = [line(x[seen], y[seen]) for x, y in zip(measured, scan.data, strict=True)]
-    return np.stack([slope * channel + shift for (slope, shift), channel in zip(lines, image, strict=True)])
+    if match in RIGID:
+        lines = [line(x[seen], y[seen]) for x, y in zip(measured, scan.data, strict=True)]
+        return np.stack([slope * channel + shift for (slope, shift), channel in zip(lines, image, strict=True)])
+    scale = Intensity.fit(scan.data, seen)
+    target = np.where(seen, scale.normalise(scan.data), 0)
+    x, y, where = (torch.from_numpy(array).float()[None] for array in (measured, target, seen[None]))
+    return scale.restore(lookup(x, y, where)(torch.from_numpy(image).float()[None])[0].numpy())
 
 
 def _scale_of_scan(
-    image: Float[np.ndarray, "c X Y Z"], scan: Volume, seen: Bool[np.ndarray, "x y z"], space: Space
+    image: Float[np.ndarray, "c X Y Z"], scan: Volume, seen: Bool[np.ndarray, "x y z"], space: Space, match: str
 ) -> Float[np.ndarray, "c X Y Z"]:
     """Mean and standard deviation of the observed voxels, channel by channel."""
     return Intensity.fit(scan.data, seen).restore(Intensity.fit(image).normalise(image))

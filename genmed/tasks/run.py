@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from genmed.errors import GenMedError
-from genmed.files import sha256_of, write_json
+from genmed.files import require_room, sha256_of, write_json
 from genmed.hub import Model
 from genmed.plan import Plan
 from genmed.space import on_grid
@@ -406,6 +406,9 @@ class _Target:
         inputs = {path.resolve() for case in cases for path in case.paths}
         if observed is not None:
             inputs |= {mask.resolve() for mask in (observed.iterdir() if observed.is_dir() else [observed])}
+        require_room("--out", target.result(cases[0].id))
+        if target.file is not None and target.file.is_dir():
+            raise GenMedError(f"{out}: is a folder; give another name as --out.")
         clash = next((case.id for case in cases if target.result(case.id).resolve() in inputs), None)
         if clash or (several and out.resolve() == source.resolve()):
             raise GenMedError(f"{out}: would overwrite the input or mix with it; choose another --out.")

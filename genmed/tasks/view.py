@@ -218,8 +218,8 @@ class View:
 def seen_slices(scan: Volume) -> tuple[Volume | None, tuple[str, ...]]:
     """Mask that hides slices without content, as exports put them where slices are missing, and a note that says so.
 
-    Such slices lie along one axis and hold one value each, at least `FEWEST_EMPTY` of them between slices that hold
-    more. A value that fills most of those, too, is the scan's own background: nothing is hidden then (None).
+    Such slices hold one value each, at least `FEWEST_EMPTY` of them along an axis between slices that hold more. A
+    value that fills most of those, too, is the scan's own background: nothing is hidden then (None).
     """
     found = []
     for axis in range(3):
@@ -233,16 +233,17 @@ def seen_slices(scan: Volume) -> tuple[Volume | None, tuple[str, ...]]:
             value = lowest[:, between[0]].reshape(-1, 1, 1, 1)
             if (scan.data.take(full, axis=axis + 1) == value).all(axis=0).mean() < NATURAL:
                 found.append((axis, empty))
-    if len(found) != 1:
+    if not found:
         return None, ()
-    ((axis, empty),) = found
-    mask = np.zeros(scan.grid.shape, dtype=np.uint8)
-    mask.swapaxes(0, axis)[~empty] = 1
-    note = (
+    mask = np.ones(scan.grid.shape, dtype=np.uint8)
+    for axis, empty in found:
+        mask.swapaxes(0, axis)[empty] = 0
+    notes = (
         f"{scan.path or 'scan'}: {empty.sum()} of {len(empty)} slices along array axis {axis} hold a single value and "
         "were taken as unseen; give --observed to decide otherwise"
+        for axis, empty in found
     )
-    return scan.like(mask), (note,)
+    return scan.like(mask), tuple(notes)
 
 
 def _observed_only(scan: Volume, observed: Volume | None) -> tuple[np.ndarray, np.ndarray]:
@@ -257,8 +258,9 @@ def _observed_only(scan: Volume, observed: Volume | None) -> tuple[np.ndarray, n
     data = np.where(mask, scan.data, np.zeros((), dtype=scan.data.dtype))
     if not np.isfinite(data).all():
         raise GenMedError(f"{scan.path or 'scan'}: observed voxels are NaN or infinite; mask them out.")
-    if all(np.ptp(channel[mask]) == 0 for channel in data):
-        raise GenMedError(f"{scan.path or 'scan'}: the observed voxels are constant; check --observed.")
+    if constant := [number for number, channel in enumerate(data) if np.ptp(channel[mask]) == 0]:
+        where = f" of channel {constant[0]}" if len(data) > 1 else ""
+        raise GenMedError(f"{scan.path or 'scan'}: the observed voxels{where} are constant; check --observed.")
     return data, mask
 
 
