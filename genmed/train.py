@@ -461,14 +461,13 @@ def train(
     state = PartialState()
     if split is None and resume and (out / SPLIT).exists():
         split = out / SPLIT  # who is in which part stays, whatever was added to the data since
-    with state.main_process_first():
-        whole = read_split(split, dataset.ids) if split else _drawn_split(dataset, seed)
-        if not (whole.train and whole.tune):
-            raise GenMedError(f"{split or folder}: has no case to train or none to tune on; give a split with both.")
-        parts = few_shot(whole, cases, draw)
-        if not split and state.is_main_process:
-            write_split(out / SPLIT, whole, _subjects(dataset))
+    whole = read_split(split, dataset.ids) if split else _drawn_split(dataset, seed)
+    if not (whole.train and whole.tune):
+        raise GenMedError(f"{split or folder}: has no case to train or none to tune on; give a split with both.")
+    parts = few_shot(whole, cases, draw)
     plan = make_plan(dataset, parts, out.name, preset, spacing, steps, seed, augmentation, cases or 0, draw)
+    if not split and state.is_main_process:
+        write_split(out / SPLIT, whole, _subjects(dataset))
     scans, tune = load_scans(dataset, plan, parts.train), load_scans(dataset, plan, parts.tune)
     torch.manual_seed(seed)
     denoiser = build(plan)
