@@ -851,13 +851,42 @@ def test_an_explanation_that_diverges_leaves_the_others(measured: Model, monkeyp
         segment(measured, scan(), mode="joint")
 
 
-def test_a_model_of_random_contrasts_tries_no_other(measured: Model) -> None:
+@pytest.mark.parametrize("augmentation", ["randomised", "mixed"])
+@pytest.mark.parametrize(
+    ("surprises", "kept", "doubtful"),
+    [
+        ([3.0], "none", False),
+        ([9.0, 1.9, 1.2], "falling", False),  # both are looked at
+        ([9.0, 1.2, 1.9], "rising", False),
+        ([9.0, 2.1, 3.0], "none", True),  # it labels any contrast better than a map that does not convince
+    ],
+)
+def test_a_model_of_random_contrasts_is_asked_at_once(
+    measured: Model, monkeypatch: pytest.MonkeyPatch,
+    augmentation: str, surprises: list[float], kept: str, doubtful: bool,
+) -> None:  # fmt: skip
+    from genmed.tasks import segment as module
+
+    tried: list[str] = []
+
+    def attempt(model: Model, view: View, mode: str, match: str, **options: Any) -> Found:
+        tried.append(match)
+        return infer(model, view, mode, match, **options)._replace(surprise=surprises[len(tried) - 1])
+
+    infer = module.infer
+    monkeypatch.setattr(module, "infer", attempt)
+    plan = replace(measured.plan, augmentation=augmentation)
+    result = segment(replace(measured, plan=plan), scan())
+    assert tried == ["none", "rising", "falling"][: len(surprises)]
+    assert (result.mode, result.match, result.doubtful) == ("conditional", kept, doubtful)
+
+
+def test_a_model_of_random_contrasts_still_restores_and_translates(measured: Model) -> None:
     strange = scan().like(scan().data ** 4)
-    usual = segment(measured, strange)
     plan = replace(measured.plan, augmentation="randomised")
-    result = segment(replace(measured, plan=plan), strange)
-    assert (result.mode, result.match) == ("conditional", "none") != (usual.mode, usual.match)
-    assert result.surprise is not None and result.surprise > LIMIT and result.doubtful
+    models = replace(measured, plan=plan), measured
+    found, usual = (segment(model, strange, mode="restore-then-condition", samples=1) for model in models)
+    assert (found.mode, found.match) == (usual.mode, usual.match) != ("restore-then-condition", "none")
 
 
 @pytest.mark.parametrize("hidden", ["nothing", "slices", "a block"])

@@ -48,6 +48,7 @@ from genmed.progress import track
 from genmed.space import on_grid
 from genmed.surprise import LIMIT
 from genmed.tasks.segment import (
+    ANY_CONTRAST,
     CONVINCING,
     FLEXIBLE_SAMPLES,
     SAMPLES,
@@ -312,8 +313,8 @@ def load_ours(folder: Path, mode: str) -> Trained:
         settings["start"] = START_SIGMA
     if mode == "auto":
         settings |= {"interpolated up to": TWICE, "widened below": CRAMPED}
-        if plan.augmentation == "randomised":
-            settings["contrasts"] = "none is tried"
+        if plan.augmentation in ANY_CONTRAST:
+            settings["contrasts"] = "maps that convince"
     best = hub.read_card(best_of(folder)).scores.get("tune dice", float("nan"))
     return Trained(
         folder, model.sha256, settings, dict(zip(plan.label_values, plan.labels, strict=True)),

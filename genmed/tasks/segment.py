@@ -45,6 +45,7 @@ MATCHES: dict[str, matches.Match] = {
 }
 CONVINCING = LIMIT / 2  # surprise up to which what is not the usual explanation of a scan ends the search
 MONOTONE = ("rising", "falling")
+ANY_CONTRAST = ("randomised", "mixed")  # trainings on random contrasts
 UNGUIDED = ("auto", "none", *MONOTONE)  # matches of the conditional mode, in which nothing is fitted
 RIGID = ("none", "affine", *MONOTONE)
 STEPS = 8  # noise levels of a guided trajectory
@@ -217,7 +218,7 @@ def segment(
             model, else restore-then-condition.
         match: how the observed appearance relates to the model's, one of `MATCHES`, or `auto`: none, and affine for
             restored coarse voxels, whose averaging takes contrast away, unless what is found surprises the model;
-            then others are tried (`attempts_at`). `rising` and `falling`
+            then others are tried (`attempts_at`, `explain_contrast`). `rising` and `falling`
             bring the histogram of the scan to that of clean cases, and leave a complete image complete; of all
             these, `conditional` takes those of `UNGUIDED`.
         samples: how many to draw and average; default 1 (conditional), 4, or 2 (matches that are not `RIGID`). If it
@@ -240,10 +241,11 @@ def segment(
     _check_options(mode, match, samples, grid)
     observed, notes = (observed, ()) if observed is not None else seen_slices(scan)
     view = View.of(model.plan, scan, observed, slice_thickness_mm, roi_mm)
-    if match == "auto" and view.complete and model.plan.augmentation == "randomised":
-        match = "none"  # it was trained on random contrasts: there is none to be mapped to, and surprise only warns
-    attempts = attempts_at(view, mode, match, interpolated=samples is None and bool(model.plan.typical))
-    best = explain(model, view, attempts, samples=samples, seed=seed, progress=progress)
+    if mode == match == "auto" and view.complete and not view.cramped and model.plan.augmentation in ANY_CONTRAST:
+        best = explain_contrast(model, view, samples=samples, seed=seed)
+    else:
+        attempts = attempts_at(view, mode, match, interpolated=samples is None and bool(model.plan.typical))
+        best = explain(model, view, attempts, samples=samples, seed=seed, progress=progress)
     if progress:
         progress(1.0)
     seconds = time.monotonic() - started
@@ -284,6 +286,20 @@ def explain(
         if found.surprise is None or found.surprise <= attempt.limit:
             return min(tried, key=lambda found: found.surprise or 0.0)._replace(convincing=attempt.limit)
     return min(tried, key=lambda found: found.layout)
+
+
+def explain_contrast(model: Model, view: View, *, samples: int | None = None, seed: int = 0) -> Found:
+    """What a network that was trained on random contrasts makes of a complete scan, of whatever contrast it is.
+
+    An unfamiliar contrast surprises, and is labelled a little worse than the usual one. So a rising or falling map of
+    the intensities is kept if it convinces; else the first answer stands.
+    """
+    first = infer(model, view, "conditional", "none", samples=samples, seed=seed)
+    if first.surprise is None or first.surprise <= LIMIT:
+        return first
+    maps = [infer(model, view, "conditional", way, samples=samples, seed=seed) for way in MONOTONE]
+    best = min(maps, key=lambda found: found.surprise or 0.0)._replace(convincing=CONVINCING)
+    return best if best.surprise is not None and best.surprise <= CONVINCING else first
 
 
 def attempts_at(view: View, mode: str, match: str, interpolated: bool = True) -> list[Attempt]:
