@@ -341,9 +341,9 @@ def settings_of(plan: Plan, cases: Sequence[str], **others: Any) -> dict[str, An
 
 def _require_same(before: dict[str, Any], now: dict[str, Any]) -> None:
     """Checkpoints of version 0.1 know no settings."""
-    for key in before.keys() & now.keys():
-        if before[key] != now[key]:
-            raise ValueError(f"{key}: {before[key]} before, {now[key]} now")
+    for key, value in before.items():
+        if value != now.get(key, value):
+            raise ValueError(f"{key}: {value} before, {now[key]} now")
 
 
 def time_spent(folder: Path) -> Spent:

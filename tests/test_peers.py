@@ -417,7 +417,7 @@ def test_the_fair_clock_counts_work_and_not_waiting(monkeypatch: pytest.MonkeyPa
 def test_checkpoints_of_version_0_1_resume(tmp_path: Path) -> None:
     run(tmp_path, [0.5, 0.5, 0.5], steps=2)
     with safe_open(tmp_path / CHECKPOINT, framework="pt") as file:
-        assert {"step", "best", *Spent._fields} == set(file.metadata())
+        assert {"step", "best", "settings", *Spent._fields} == set(file.metadata())
     save_file(load_file(tmp_path / CHECKPOINT), tmp_path / CHECKPOINT, {"step": "2", "minutes": "7.5"})
     assert time_spent(tmp_path) == Spent(7.5, 7.5, 7.5)
     assert run(tmp_path, [0.1, 0.2, 0.2], steps=4, resume=True) and time_spent(tmp_path).minutes > 7.5
