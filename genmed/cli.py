@@ -43,7 +43,13 @@ class _Commands(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ctx.meta["debug"] = "--debug" in args  # it may stand anywhere
-        return super().parse_args(ctx, [arg for arg in args if arg != "--debug"])
+        try:
+            return super().parse_args(ctx, [arg for arg in args if arg != "--debug"])
+        except Exception as error:
+            if not _is_usage(error):
+                raise
+            _complain(_usage_message(error), ctx.meta["debug"])
+            raise typer.Exit(2) from None
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -63,12 +69,25 @@ class _Commands(TyperGroup):
                 raise
             _complain(_os_message(error), ctx.meta["debug"])
         except Exception as error:
+            if _is_usage(error):
+                _complain(_usage_message(error), ctx.meta["debug"])
+                raise typer.Exit(2) from None
             if hasattr(error, "exit_code") or isinstance(error, typer.Abort):  # typer's own
                 raise
             report = "please report it, with the traceback that --debug shows"
             _complain(f"unexpected {type(error).__name__}: {error}; {report}", ctx.meta["debug"])
             raise typer.Exit(1) from None
         raise typer.Exit(2)
+
+
+def _is_usage(error: Any) -> bool:
+    """A wrong command line. Typer raises its own class for one without arguments, which is answered by the help."""
+    return hasattr(error, "format_message") and type(error).__name__ != "NoArgsIsHelpError"
+
+
+def _usage_message(error: Any) -> str:
+    where = getattr(error.ctx, "command_path", "genmed")
+    return f"{error.format_message().rstrip('.')}; see {where} --help"
 
 
 def _complain(message: str, debug: bool) -> None:

@@ -223,6 +223,28 @@ def test_full_disk_gives_one_line(fake: FakeSegment, tmp_path: Path, monkeypatch
     )
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["segment"], ("INPUT", "genmed segment --help")),
+        (["segment", "head.nii.gz"], ("--model", "genmed segment --help")),
+        (["train", "here", "--stps", "3"], ("--stps", "--steps", "genmed train --help")),
+        (["train", "here", "--steps", "x"], ("--steps", "integer", "genmed train --help")),
+        (["models", "lst"], ("lst", "genmed models --help")),
+        (["segmnt"], ("segmnt", "genmed --help")),
+        (["--odd"], ("--odd", "genmed --help")),
+    ],
+)
+def test_wrong_command_line_is_told_in_one_line(arguments: list[str], words: tuple[str, ...]) -> None:
+    failed_in_one_line(CliRunner().invoke(app, arguments, prog_name="genmed"), *words)
+
+
+def test_a_group_of_commands_alone_shows_its_help() -> None:
+    for group in ("models", "bench", "data"):
+        result = genmed(group)
+        assert result.exit_code == 2 and "Usage" in result.output and "Error" not in result.output
+
+
 def test_debug_adds_the_traceback_wherever_it_stands(tmp_path: Path) -> None:
     for arguments in (["--debug", "info", "nowhere"], ["info", "nowhere", "--debug"]):
         result = genmed(*arguments)
