@@ -46,6 +46,7 @@ MATCHES: dict[str, matches.Match] = {
 CONVINCING = LIMIT / 2  # surprise up to which what is not the usual explanation of a scan ends the search
 MONOTONE = ("rising", "falling")
 ANY_CONTRAST = ("randomised", "mixed")  # trainings on random contrasts
+AVERAGED = "averaged"  # over `none` and `MONOTONE`; see `explain_contrast`
 UNGUIDED = ("auto", "none", *MONOTONE)  # matches of the conditional mode, in which nothing is fitted
 RIGID = ("none", "affine", *MONOTONE)
 STEPS = 8  # noise levels of a guided trajectory
@@ -291,15 +292,20 @@ def explain(
 def explain_contrast(model: Model, view: View, *, samples: int | None = None, seed: int = 0) -> Found:
     """What a network that was trained on random contrasts makes of a complete scan, of whatever contrast it is.
 
-    An unfamiliar contrast surprises, and is labelled a little worse than the usual one. So a rising or falling map of
-    the intensities is kept if it convinces; else the first answer stands.
+    An unfamiliar contrast surprises, and is labelled a little worse than the usual one. A rising or falling map of the
+    intensities may undo it, but a wrong one often looks as familiar as the right one. So the answers are averaged,
+    sample by sample, weighted by the inverse of how far their layouts are off; no doubt is left if a map convinces.
     """
     first = infer(model, view, "conditional", "none", samples=samples, seed=seed)
     if first.surprise is None or first.surprise <= LIMIT:
         return first
     maps = [infer(model, view, "conditional", way, samples=samples, seed=seed) for way in MONOTONE]
-    best = min(maps, key=lambda found: found.surprise or 0.0)._replace(convincing=CONVINCING)
-    return best if best.surprise is not None and best.surprise <= CONVINCING else first
+    answers = (first, *maps)
+    weights = torch.tensor([1 / max(answer.layout, 1.0) for answer in answers])
+    soft = torch.stack([answer.soft for answer in answers])
+    mean = torch.einsum("a, a... -> ...", weights / weights.sum(), soft)
+    best = min(maps, key=lambda found: found.surprise or 0.0)
+    return best._replace(view=view, soft=mean, match=AVERAGED, convincing=CONVINCING)
 
 
 def attempts_at(view: View, mode: str, match: str, interpolated: bool = True) -> list[Attempt]:
