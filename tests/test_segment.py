@@ -854,13 +854,13 @@ def test_an_explanation_that_diverges_leaves_the_others(measured: Model, monkeyp
 
 @pytest.mark.parametrize("augmentation", ["randomised", "mixed"])
 @pytest.mark.parametrize(
-    ("surprises", "kept", "doubtful"),
-    [([3.0], "none", False), ([9.0, 1.9, 4.2], "averaged", False), ([9.0, 4.2, 1.9], "averaged", False),
-     ([9.0, 2.1, 3.0], "averaged", True)],
+    ("surprises", "contrast", "kept", "doubtful"),
+    [([3.0], 2.1, "none", False), ([9.0], 2.0, "none", True), ([9.0, 1.9, 4.2], 2.1, "averaged", False),
+     ([9.0, 4.2, 1.9], 9.0, "averaged", False), ([9.0, 2.1, 3.0], 9.0, "averaged", True)],
 )  # fmt: skip
 def test_a_model_of_random_contrasts_is_asked_at_once(
     measured: Model, monkeypatch: pytest.MonkeyPatch,
-    augmentation: str, surprises: list[float], kept: str, doubtful: bool,
+    augmentation: str, surprises: list[float], contrast: float, kept: str, doubtful: bool,
 ) -> None:  # fmt: skip
     from genmed.tasks import segment as module
 
@@ -868,7 +868,8 @@ def test_a_model_of_random_contrasts_is_asked_at_once(
 
     def attempt(model: Model, view: View, mode: str, match: str, **options: Any) -> Found:
         tried.append(match)
-        return infer(model, view, mode, match, **options)._replace(surprise=surprises[len(tried) - 1])
+        found = infer(model, view, mode, match, **options)
+        return found._replace(surprise=surprises[len(tried) - 1], contrast=contrast)
 
     infer = module.infer
     monkeypatch.setattr(module, "infer", attempt)
@@ -889,7 +890,7 @@ def test_answers_to_an_unfamiliar_contrast_are_averaged_by_how_familiar_they_loo
     layouts, softs = iter([10.0, 5.0, 0.2]), []
 
     def attempt(model: Model, view: View, mode: str, match: str, **options: Any) -> Found:
-        found = infer(model, view, mode, match, **options)._replace(surprise=9.0, layout=next(layouts))
+        found = infer(model, view, mode, match, **options)._replace(surprise=9.0, layout=next(layouts), contrast=9.0)
         softs.append(found.soft)
         return found
 

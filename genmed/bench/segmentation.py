@@ -314,7 +314,7 @@ def load_ours(folder: Path, mode: str) -> Trained:
     if mode == "auto":
         settings |= {"interpolated up to": TWICE, "widened below": CRAMPED}
         if plan.augmentation in ANY_CONTRAST:
-            settings["contrasts"] = "averaged"
+            settings["contrasts"] = "averaged if unusual"
     best = hub.read_card(best_of(folder)).scores.get("tune dice", float("nan"))
     return Trained(
         folder, model.sha256, settings, dict(zip(plan.label_values, plan.labels, strict=True)),

@@ -295,9 +295,10 @@ def explain_contrast(model: Model, view: View, *, samples: int | None = None, se
     An unfamiliar contrast surprises, and is labelled a little worse than the usual one. A rising or falling map of the
     intensities may undo it, but a wrong one often looks as familiar as the right one. So the answers are averaged,
     sample by sample, weighted by the inverse of how far their layouts are off; no doubt is left if a map convinces.
+    Where something else surprises there is nothing to undo.
     """
     first = infer(model, view, "conditional", "none", samples=samples, seed=seed)
-    if first.surprise is None or first.surprise <= LIMIT:
+    if first.surprise is None or first.surprise <= LIMIT or first.contrast <= CONVINCING:
         return first
     maps = [infer(model, view, "conditional", way, samples=samples, seed=seed) for way in MONOTONE]
     answers = (first, *maps)
