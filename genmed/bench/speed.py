@@ -1,10 +1,14 @@
-"""What the joint model costs beside a plain network of the same size. Not part of the test suite:
+"""What the joint model costs beside a plain network of the same size, and `genmed --help` beside its libraries.
+
+Not part of the test suite:
 
     pytest genmed/bench/speed.py
 
 Each ratio is the median over interleaved repetitions of both, so that a busy machine slows both alike.
 """
 
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from statistics import median
@@ -24,6 +28,7 @@ from genmed.tasks.segment import conditional
 ROUNDS = 15
 CONDITIONAL_LIMIT = 1.15  # × one forward of DynUNet
 GUIDED_LIMIT = 1.10  # × forward and backward of the bare network
+HELP_LIMIT = 2.5  # × importing what prints it
 
 PLAN = Plan(
     name="speed",
@@ -64,6 +69,18 @@ def test_guided_step_costs_about_forward_and_backward(benchmark: Any) -> None:
         return torch.autograd.grad(denoiser.net(x, levels), x, upstream)[0]
 
     check(benchmark, lambda: step(z, 1.0), bare, GUIDED_LIMIT)
+
+
+def test_help_costs_about_what_its_libraries_cost(benchmark: Any) -> None:
+    def python(*arguments: str) -> None:
+        subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
+
+    check(
+        benchmark,
+        lambda: python("-m", "genmed", "--help"),
+        lambda: python("-c", "import rich.console, typer.rich_utils"),
+        HELP_LIMIT,
+    )
 
 
 def untrained() -> Denoiser:
