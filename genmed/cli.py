@@ -48,8 +48,8 @@ class _Commands(TyperGroup):
         except Exception as error:
             if not _is_usage(error):
                 raise
-            _complain(_usage_message(error), ctx.meta["debug"])
-            raise typer.Exit(2) from None
+            _complain_of_usage(error, ctx.meta["debug"])
+        raise typer.Exit(2)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -70,13 +70,13 @@ class _Commands(TyperGroup):
             _complain(_os_message(error), ctx.meta["debug"])
         except Exception as error:
             if _is_usage(error):
-                _complain(_usage_message(error), ctx.meta["debug"])
-                raise typer.Exit(2) from None
-            if hasattr(error, "exit_code") or isinstance(error, typer.Abort):  # typer's own
+                _complain_of_usage(error, ctx.meta["debug"])
+            elif hasattr(error, "exit_code") or isinstance(error, typer.Abort):  # typer's own
                 raise
-            report = "please report it, with the traceback that --debug shows"
-            _complain(f"unexpected {type(error).__name__}: {error}; {report}", ctx.meta["debug"])
-            raise typer.Exit(1) from None
+            else:
+                report = "please report it, with the traceback that --debug shows"
+                _complain(f"unexpected {type(error).__name__}: {error}; {report}", ctx.meta["debug"])
+                raise typer.Exit(1) from None
         raise typer.Exit(2)
 
 
@@ -85,9 +85,9 @@ def _is_usage(error: Any) -> bool:
     return hasattr(error, "format_message") and type(error).__name__ != "NoArgsIsHelpError"
 
 
-def _usage_message(error: Any) -> str:
+def _complain_of_usage(error: Any, debug: bool) -> None:
     where = getattr(error.ctx, "command_path", "genmed")
-    return f"{error.format_message().rstrip('.')}; see {where} --help"
+    _complain(f"{error.format_message().rstrip('.')}; see {where} --help", debug)
 
 
 def _complain(message: str, debug: bool) -> None:
